@@ -1,0 +1,1 @@
+"""The algebra: named axes, tensors on them, and what follows. Standard library only."""

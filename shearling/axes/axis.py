@@ -1,0 +1,75 @@
+"""Named axes, and dims built from them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named axis. `within` are the axes for each of whose entries there is a choice of its own along this one.
+
+    A mask along the axis has the shape [*within, size], so `group` is masked per layer and kv head.
+    """
+
+    name: str
+    within: tuple[str, ...] = ()
+
+
+AXES: dict[str, Axis] = {
+    axis.name: axis
+    for axis in (
+        Axis("vocab"),
+        Axis("hidden"),
+        Axis("layer"),
+        Axis("kv_head", within=("layer",)),
+        Axis("group", within=("layer", "kv_head")),
+        Axis("head_dim"),
+        Axis("intermediate", within=("layer",)),
+    )
+}
+
+# The axes a mask can lie on. The others are cut by other means (vocab, head_dim) or not yet.
+MASKABLE = ("hidden", "layer", "kv_head", "group", "intermediate")
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A tensor's dimension: a sum of products of axes and constants, stored row-major, the products one after another."""
+
+    products: tuple[tuple[str | int, ...], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Dim":
+        """`kv_head*group*head_dim + 2*kv_head*head_dim`. Raises ValueError for a word that is no axis."""
+        products = tuple(
+            tuple(int(word) if word.isdigit() else _known(word) for word in term.strip().split("*"))
+            for term in text.split("+")
+        )
+        return cls(products)
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        """Entries along the dim, where `sizes` has each axis's size."""
+        return sum(prod(_extent(factor, sizes) for factor in product) for product in self.products)
+
+    def axes(self) -> tuple[str, ...]:
+        """The axes it is built from, each once, in order of appearance."""
+        return tuple(dict.fromkeys(f for product in self.products for f in product if isinstance(f, str)))
+
+    def __str__(self) -> str:
+        return " + ".join("*".join(map(str, product)) for product in self.products)
+
+
+def _known(word: str) -> str:
+    if word not in AXES:
+        raise ValueError(f"{word!r} is not an axis; axes: {', '.join(AXES)}")
+    return word
+
+
+def _extent(factor: str | int, sizes: Mapping[str, int]) -> int:
+    return factor if isinstance(factor, int) else sizes[factor]
+
+
+def mask_shape(axis: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a mask along `axis`: [*within, size]."""
+    return (*(sizes[outer] for outer in AXES[axis].within), sizes[axis])

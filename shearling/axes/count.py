@@ -1,0 +1,94 @@
+"""Counting: parameters, bytes, cache and FLOPs, of a shape or in expectation, all from one polynomial.
+
+B sequences, T tokens; sizes are entries per axis (Shape.axes).
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from shearling.axes.axis import AXES, Dim
+from shearling.axes.shape import Shape, shape_of
+from shearling.axes.spec import Family, Tensor
+
+# Keep probabilities along an axis: nested as its mask is, [*within, size].
+Probabilities = Mapping[str, Sequence[Any]]
+
+
+def entries(tensor: Tensor, sizes: Mapping[str, int]) -> int:
+    """Parameters in one row of the table, over all layers."""
+    return prod(dim.size(sizes) for dim in tensor.dims) * (sizes["layer"] if tensor.per_layer else 1)
+
+
+def parameters(family: Family, config: Mapping[str, Any], shape: Shape | None = None) -> int:
+    """Parameters of a model with this config; of the same config at another shape, if one is given."""
+    sizes = (shape or shape_of(family, config)).axes
+    return sum(entries(tensor, sizes) for tensor in family.present(config))
+
+
+def parameters_by_group(family: Family, config: Mapping[str, Any], shape: Shape | None = None) -> dict[str, int]:
+    """Parameters per heading of the family's table, in its order."""
+    sizes = (shape or shape_of(family, config)).axes
+    groups = dict.fromkeys((tensor.group for tensor in family.tensors), 0)
+    for tensor in family.present(config):
+        groups[tensor.group] += entries(tensor, sizes)
+    return groups
+
+
+def cache_bytes_per_token(family: Family, shape: Shape, *, bytes_per_entry: int = 2) -> int:
+    """Bytes that one token adds to the KV-cache of one sequence, over all layers."""
+    sizes = shape.axes
+    return Dim.parse(family.cache).size(sizes) * sizes["layer"] * bytes_per_entry
+
+
+def flops_per_token(family: Family, shape: Shape, *, context: int) -> int:
+    """FLOPs of one token's forward pass, attending to `context` positions. A multiply-add is two.
+
+    Matrices and attention scores; norms, activations and the softmax are left out, as is usual (Kaplan et al. 2020,
+    arXiv 2001.08361, table 1). Training costs three times as much.
+    """
+    sizes = shape.axes
+    matrices = (t for t in family.tensors if len(t.dims) == 2 and t.role in ("read", "write", "head"))
+    attention = Dim.parse(family.scores).size(sizes) * sizes["layer"] * context
+    return 2 * (sum(entries(tensor, sizes) for tensor in matrices) + attention)
+
+
+def expected_parameters(
+    family: Family, config: Mapping[str, Any], sizes: Mapping[str, int], keep: Probabilities
+) -> float:
+    """Expected parameters when each entry of an axis stays with its keep probability, independently of others.
+
+    An axis that `keep` leaves out stays whole. At probabilities of 0 and 1 this is the count of the cut.
+    """
+    total = 0.0
+    for tensor in family.present(config):
+        layers = range(sizes["layer"]) if tensor.per_layer else (None,)
+        for layer in layers:
+            stays = keep["layer"][layer] if layer is not None and "layer" in keep else 1.0
+            total += stays * prod(expected_size(dim, sizes, keep, layer) for dim in tensor.dims)
+    return total
+
+
+def expected_size(dim: Dim, sizes: Mapping[str, int], keep: Probabilities, layer: int | None) -> float:
+    """Expected entries along one dim of one layer's tensor."""
+    return sum(_expect(product, sizes, keep, {} if layer is None else {"layer": layer}) for product in dim.products)
+
+
+def _expect(
+    product: tuple[str | int, ...], sizes: Mapping[str, int], keep: Probabilities, chosen: dict[str, int]
+) -> float:
+    """Sum over a product's entries, from its first factor inwards; `chosen` holds the entries already fixed."""
+    if not product:
+        return 1.0
+    axis, rest = product[0], product[1:]
+    if isinstance(axis, int):
+        return axis * _expect(rest, sizes, keep, chosen)
+    if axis not in keep:
+        inner = any(axis in AXES[other].within for other in rest if isinstance(other, str) and other in keep)
+        if not inner:
+            return sizes[axis] * _expect(rest, sizes, keep, chosen)
+        return sum(_expect(rest, sizes, keep, {**chosen, axis: i}) for i in range(sizes[axis]))
+    along = keep[axis]
+    for outer in AXES[axis].within:
+        along = along[chosen[outer]]
+    return sum(float(p) * _expect(rest, sizes, keep, {**chosen, axis: i}) for i, p in enumerate(along))

@@ -1,0 +1,169 @@
+"""A model's sizes in Hugging Face's terms, and what a target shape may be."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shearling.axes.axis import Dim
+from shearling.axes.spec import Family
+from shearling.errors import UserError, nearest, raise_all
+
+# Each size of a config is a product of axes.
+KEYS: dict[str, Dim] = {
+    "hidden_size": Dim.parse("hidden"),
+    "num_hidden_layers": Dim.parse("layer"),
+    "num_attention_heads": Dim.parse("kv_head*group"),
+    "num_key_value_heads": Dim.parse("kv_head"),
+    "head_dim": Dim.parse("head_dim"),
+    "intermediate_size": Dim.parse("intermediate"),
+    "vocab_size": Dim.parse("vocab"),
+}
+
+UNCUT = {  # sizes that nothing here can cut yet, and what to say of them
+    "head_dim": "cutting head_dim is not supported yet: leave it out",
+    "vocab_size": "cutting the vocabulary is not supported yet: leave it out",
+}
+
+
+class Shape(Mapping[str, int]):
+    """Sizes by their Hugging Face names (KEYS), in KEYS' order; immutable."""
+
+    def __init__(self, sizes: Mapping[str, int]):
+        self._sizes = {key: int(sizes[key]) for key in KEYS}
+
+    def __getitem__(self, key: str) -> int:
+        return self._sizes[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._sizes.items()))
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self._sizes.items())
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Entries of each axis: the sizes that are one axis as they are, those that are products divided out."""
+        sizes = {dim.axes()[0]: self[key] for key, dim in KEYS.items() if len(dim.axes()) == 1}
+        for key, dim in KEYS.items():
+            *known, last = dim.axes()
+            if last not in sizes:
+                sizes[last] = self[key] // Dim((tuple(known),)).size(sizes)
+        return sizes
+
+
+def shape_of(family: Family, config: Mapping[str, Any]) -> Shape:
+    """The shape of a Hugging Face config. Raises UserError for a size that is missing, no whole number or no divisor."""
+    sizes: dict[str, int] = {}
+    for key in KEYS:
+        try:
+            value = family.setting(config, key)
+        except KeyError:
+            value = None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(
+                f"config.json: {key}", found=repr(value), expected="a whole number above 0", change="mend config.json"
+            )
+        sizes[key] = value
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if heads % kv_heads:
+        raise UserError(
+            "config.json: num_attention_heads",
+            found=f"{heads}, not a multiple of num_key_value_heads={kv_heads}",
+            expected="a multiple",
+            change="mend config.json",
+        )
+    return Shape(sizes)
+
+
+def parse_target(text: str) -> dict[str, int]:
+    """`hidden_size=384,num_hidden_layers=20` as a dict. Raises UserError for unknown, repeated or unreadable sizes."""
+    wanted: dict[str, int] = {}
+    errors: list[UserError] = []
+    for part in filter(None, (word.strip() for word in text.split(","))):
+        key, _, value = (word.strip() for word in part.partition("="))
+        if key not in KEYS:
+            errors.append(
+                UserError("target", found=repr(key), expected="a size of the model", change=nearest(key, list(KEYS)))
+            )
+        elif key in wanted:
+            errors.append(UserError("target", found=f"{key} twice", expected="each size once", change="leave one out"))
+        elif not value.lstrip("-").isdigit():
+            errors.append(
+                UserError(f"target {key}", found=repr(value), expected="a whole number", change=f"write {key}=N")
+            )
+        else:
+            wanted[key] = int(value)
+    if not wanted and not errors:
+        errors.append(
+            UserError("target", found="nothing", expected="sizes", change="name what to cut, as hidden_size=N,...")
+        )
+    raise_all(errors)
+    return wanted
+
+
+def resolve_target(family: Family, source: Shape, wanted: Mapping[str, int]) -> tuple[Shape, list[str]]:
+    """The whole target shape, and notes on what was filled in. What `wanted` leaves out stays as it is.
+
+    Raises UserError, naming the nearest valid values, for sizes that can't be cut to: all of them at once.
+    """
+    notes: list[str] = []
+    sizes = {**source, **wanted}
+    if source.axes["group"] == 1 and "num_attention_heads" in wanted and "num_key_value_heads" not in wanted:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+        notes.append(f"num_key_value_heads follows num_attention_heads: {sizes['num_attention_heads']}")
+    errors = [error for key in wanted for error in _out_of_range(key, sizes[key], source[key])]
+    if not errors:
+        errors = [*_grouping(sizes, source), *(e for rule in family.divides for e in _indivisible(rule, sizes, source))]
+    raise_all(errors)
+    return Shape(sizes), notes
+
+
+def _out_of_range(key: str, value: int, size: int) -> Iterator[UserError]:
+    if not 1 <= value <= size:
+        yield UserError(
+            f"target {key}", found=value, expected=f"1 to {size}, the source's", change=f"choose {key} in that range"
+        )
+    elif key in UNCUT and value != size:
+        yield UserError(f"target {key}", found=value, expected=f"{size}, the source's", change=UNCUT[key])
+
+
+def _grouping(sizes: Mapping[str, int], source: Shape) -> Iterator[UserError]:
+    """Heads share kv heads evenly, and no kv head gets more of them than it has."""
+    heads, kv_heads, most = sizes["num_attention_heads"], sizes["num_key_value_heads"], source.axes["group"]
+    if heads % kv_heads == 0 and heads // kv_heads <= most:
+        return
+    valid = [kv_heads * group for group in range(1, most + 1)]
+    others = [kv for kv in range(1, source["num_key_value_heads"] + 1) if heads % kv == 0 and heads // kv <= most]
+    instead = f", or num_key_value_heads={_closest(kv_heads, others)}" if others else ""
+    yield UserError(
+        "target num_attention_heads",
+        found=f"{heads} on num_key_value_heads={kv_heads}",
+        expected=f"1 to {most} heads for each kv head, the same for all",
+        change=f"choose num_attention_heads={_closest(heads, valid)}{instead}",
+    )
+
+
+def _indivisible(rule: str, sizes: Mapping[str, int], source: Shape) -> Iterator[UserError]:
+    above, below = (word.strip() for word in rule.split("%"))
+    if sizes[above] % sizes[below] == 0 or all(sizes[key] == source[key] for key in (above, below)):
+        return
+    valid = list(range(sizes[below], source[above] + 1, sizes[below]))
+    others = [n for n in range(1, source[below] + 1) if sizes[above] % n == 0]
+    yield UserError(
+        f"target {above}",
+        found=f"{sizes[above]} with {below}={sizes[below]}",
+        expected=f"a multiple of {below}, which transformers' config insists on",
+        change=f"choose {above}={_closest(sizes[above], valid)}, or {below}={_closest(sizes[below], others)}",
+    )
+
+
+def _closest(value: int, valid: list[int]) -> str:
+    """The valid values next to `value`, below and above."""
+    below = [n for n in valid if n < value][-1:]
+    above = [n for n in valid if n > value][:1]
+    return " or ".join(map(str, below + above)) or "none"

@@ -1,0 +1,1 @@
+"""Cutting: one-shot scores, what folds into the weights, and the smaller checkpoint."""

@@ -1,0 +1,59 @@
+"""One tensor of the cut: its kept entries, with everything folded in that axes/factors.py says."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from shearling.axes.axis import AXES
+from shearling.axes.factors import Factor
+from shearling.axes.index import Kept, positions
+from shearling.axes.spec import Tensor as Row
+
+
+def slice_kept(weight: Tensor, row: Row, kept: Kept, layer: int | None) -> Tensor:
+    """The kept entries of a source tensor of one row, along all of its dims, in its own dtype."""
+    for dim, spec in enumerate(row.dims):
+        index = kept.rows(spec, layer)
+        if index is not None:
+            weight = weight.index_select(dim, torch.tensor(index))
+    return weight
+
+
+def fold_factors(
+    weight: Tensor,
+    row: Row,
+    found: tuple[Factor, ...],
+    *,
+    kept: Kept,
+    masks: Mapping[str, Tensor],
+    layer: int | None,
+) -> Tensor:
+    """A sliced tensor times the soft masks that belong on it, in fp32 at least; as it is where none does.
+
+    `masks` are the source's, by axis, [*within, size]; axes without one take no factor.
+    """
+    mine = [f for f in found if f.axis in masks and f.part == "soft" and f.when != "masked"]
+    if not mine:
+        return weight
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for factor in mine:
+        vector = _along(row, factor, kept, masks[factor.axis], layer).to(weight.dtype) ** factor.power
+        if factor.dim is not None:
+            vector = vector.reshape([-1 if dim == factor.dim else 1 for dim in range(weight.dim())])
+        weight = weight * vector
+    return weight
+
+
+def _along(row: Row, factor: Factor, kept: Kept, mask: Tensor, layer: int | None) -> Tensor:
+    """A mask's kept values along one dim of the cut: [entries], or [] for a factor on all of the tensor."""
+    mask = mask.cpu()
+    if factor.axis == "layer" or "layer" in AXES[factor.axis].within:
+        assert layer is not None
+        mask = mask[layer]
+    if factor.dim is None:
+        return mask
+    dim = row.dims[factor.dim]
+    spread = mask.reshape(-1)[torch.tensor(positions(dim, factor.axis, kept.source))]
+    index = kept.rows(dim, layer)
+    return spread if index is None else spread[torch.tensor(index)]

@@ -1,0 +1,34 @@
+"""What a user can put right. The CLI prints these and exits with 2; everything else is our fault and exits with 1."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: what it concerns, what was found, what was expected, what to change."""
+
+    def __init__(self, what: str, *, found: object, expected: object, change: str):
+        self.what, self.found, self.expected, self.change = what, found, expected, change
+        super().__init__(f"{what}: found {found}; expected {expected}; {change}")
+
+
+class UserErrors(UserError):
+    """Several mistakes at once, so that nobody mends them one run at a time."""
+
+    def __init__(self, errors: Sequence[UserError]):
+        self.errors = tuple(errors)
+        ValueError.__init__(self, "\n".join(str(error) for error in errors))
+
+
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raises what has been collected, if anything: one error as itself, several together."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise UserErrors(errors)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known words that come closest to `word`, as a hint to end a sentence with."""
+    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
