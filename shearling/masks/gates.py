@@ -1,6 +1,7 @@
 """The gates of one model: a location for every entry of every axis that is cut, and what they come to."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,31 +9,55 @@ from torch import Tensor, nn
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.index import Kept, places, select
 from shearling.axes.shape import Shape
-from shearling.masks import hard_concrete
+from shearling.masks import hard_concrete as gate
 from shearling.masks.constraint import expected_sparsity
 
 
-class Gates(nn.Module):
-    """log_alpha by axis, [*within, size], for the axes on which `target` is smaller than `source`."""
+@dataclass(frozen=True)
+class Miss:
+    """A place where the gates left another number of entries open than the target asks."""
 
-    def __init__(self, source: Shape, target: Shape, start: Mapping[str, Tensor]):
+    axis: str
+    within: tuple[int, ...]
+    open: int
+    target: int
+
+    def __str__(self) -> str:
+        place = f" in {list(self.within)}" if self.within else ""
+        return f"{self.axis}{place}: {self.open} open, {self.target} asked"
+
+
+class Gates(nn.Module):
+    """log_alpha by axis, [*within, size], for the axes on which `target` is smaller than `source`.
+
+    Entries that `closed` marks are shut and stay so.
+    """
+
+    def __init__(self, source: Shape, target: Shape, *, start: Mapping[str, Tensor], closed: Mapping[str, Tensor]):
         super().__init__()
         self.source, self.target = source, target
-        self.axes = tuple(axis for axis in MASKABLE if target.axes[axis] < source.axes[axis])
-        self.log_alpha = nn.ParameterDict({axis: nn.Parameter(start[axis].clone().float()) for axis in self.axes})
+        self.axes = cut_axes(source, target)
+        self.log_alpha = nn.ParameterDict(
+            {axis: nn.Parameter(start[axis].detach().clone().float()) for axis in self.axes}
+        )
+        self.closed = {axis: closed[axis] for axis in self.axes}
+
+    def location(self, axis: str) -> Tensor:
+        """log_alpha, at the bottom where closed: no gradient gets there."""
+        return self.log_alpha[axis].masked_fill(self.closed[axis].to(self.log_alpha[axis].device), gate.LOG_ALPHA_MIN)
 
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """One draw of every mask."""
+        """One draw of every mask, by noise from a CPU generator, so that it is the same on any device."""
         masks = {}
         for axis in self.axes:
-            log_alpha = self.log_alpha[axis]
-            uniform = torch.rand(log_alpha.shape, generator=generator, device=generator.device)
-            masks[axis] = hard_concrete.sample(log_alpha, uniform=uniform.to(log_alpha.device))
+            location = self.location(axis)
+            uniform = torch.rand(location.shape, generator=generator)
+            masks[axis] = gate.sample(location, uniform=uniform.to(location.device))
         return masks
 
     def sparsity(self) -> dict[str, Tensor]:
         """Expected sparsity by axis, one number for each place with a choice of its own: [*within]."""
-        return {a: expected_sparsity(hard_concrete.keep_probability(self.log_alpha[a])) for a in self.axes}
+        return {axis: expected_sparsity(gate.keep_probability(self.location(axis))) for axis in self.axes}
 
     def wanted_sparsity(self, axis: str) -> float:
         """Where an axis must end: 1 - target / source."""
@@ -42,44 +67,45 @@ class Gates(nn.Module):
         """Keeps every gate where its gradient can still move it (LLM-Shearing: after every step)."""
         with torch.no_grad():
             for log_alpha in self.log_alpha.values():
-                log_alpha.clamp_(hard_concrete.LOG_ALPHA_MIN, hard_concrete.LOG_ALPHA_MAX)
+                log_alpha.clamp_(gate.LOG_ALPHA_MIN, gate.LOG_ALPHA_MAX)
 
-    def final(self, tiebreak: Mapping[str, Tensor] | None = None) -> tuple[Kept, dict[str, Tensor]]:
-        """The kept entries, exactly as many as the target asks, and the masks: their soft values, zero elsewhere.
+    @torch.no_grad()
+    def kept(self) -> Kept:
+        """The most open entries, exactly as many as the target asks along each axis; closed ones last of all."""
+        scores = {
+            axis: self.log_alpha[axis]
+            .masked_fill(self.closed[axis].to(self.log_alpha[axis].device), -torch.inf)
+            .tolist()
+            for axis in self.axes
+        }
+        return select(scores, source=self.source, target=self.target)
 
-        Gates at the clamp's edge are equal; `tiebreak` scores decide between them.
-        """
-        scores = {}
-        for axis in self.axes:
-            score = self.log_alpha[axis].detach().double().cpu()
-            if tiebreak is not None:
-                score = score + 1e-9 * tiebreak[axis].double().argsort().argsort() / score.shape[-1]
-            scores[axis] = score.tolist()
-        kept = select(scores, source=self.source, target=self.target)
-        return kept, self.masks(kept)
-
+    @torch.no_grad()
     def masks(self, kept: Kept) -> dict[str, Tensor]:
         """Soft values on the kept entries, exact zeros elsewhere; what lies within a removed entry is zero too."""
         masks = {}
         for axis in self.axes:
-            soft = hard_concrete.soft_value(self.log_alpha[axis].detach())
+            soft = gate.soft_value(self.location(axis))
             mask = torch.zeros(mask_shape(axis, self.source.axes), device=soft.device)
             for place in places(axis, kept):
                 chosen = torch.tensor(kept.along(axis, place), device=soft.device)
-                mask[(*place, chosen)] = soft[(*place, chosen)]
+                mask[place][chosen] = soft[place][chosen]
             masks[axis] = mask
         return masks
 
-    def misses(self) -> list[dict[str, object]]:
-        """Where the gates' own number of open entries (keep probability above 1/2) is not the target's."""
-        found: list[dict[str, object]] = []
+    @torch.no_grad()
+    def misses(self, kept: Kept) -> list[Miss]:
+        """Where the gates' own choice, open at a keep probability above 1/2, isn't the target's number."""
+        found = []
         for axis in self.axes:
-            wanted = self.target.axes[axis]
-            counts = (hard_concrete.keep_probability(self.log_alpha[axis].detach()) > 0.5).sum(-1)
-            flat = counts.reshape(-1).tolist()
-            shape = counts.shape
-            for i, count in enumerate(flat):
+            opened = (gate.keep_probability(self.location(axis)) > 0.5).sum(-1)
+            for place in places(axis, kept):
+                count, wanted = int(opened[place]), self.target.axes[axis]
                 if count != wanted:
-                    place = [int(n) for n in torch.unravel_index(torch.tensor(i), shape)] if shape else []
-                    found.append({"axis": axis, "within": place, "open": int(count), "target": wanted})
+                    found.append(Miss(axis, place, count, wanted))
         return found
+
+
+def cut_axes(source: Shape, target: Shape) -> tuple[str, ...]:
+    """The axes on which the target is smaller."""
+    return tuple(axis for axis in MASKABLE if target.axes[axis] < source.axes[axis])

@@ -1,0 +1,1 @@
+"""From documents to token windows: reading, tokenising, the store, the sampler's exact position."""

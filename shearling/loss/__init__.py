@@ -1,0 +1,1 @@
+"""Losses of a causal model without its logits in memory."""

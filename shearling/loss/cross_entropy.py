@@ -1,0 +1,48 @@
+"""Next-token cross-entropy, chunked over tokens so that the logits of a batch never exist at once.
+
+B sequences, T tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 1024
+
+
+def next_token_loss(model: Any, ids: Tensor, *, loss_mask: Tensor | None = None) -> Tensor:
+    """Mean nats per predicted token of a transformers causal model on ids [B, T + 1].
+
+    `loss_mask` [B, T + 1]: a token whose entry is 0 is read but not asked for.
+    """
+    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    targets = ids[:, 1:]
+    if loss_mask is not None:
+        targets = targets.masked_fill(loss_mask[:, 1:] == 0, -100)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    return head_loss(hidden.flatten(0, -2), model.get_output_embeddings().weight.to(hidden.dtype), targets.flatten())
+
+
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of softmax(hidden [N, D] weight^T [D, V]) at targets [N]; targets of -100 don't count."""
+    if len(hidden) < weight.shape[1] or len(weight) <= weight.shape[1]:
+        # So few tokens, or so small a vocabulary, that chunks would only cost time.
+        return functional.cross_entropy((hidden @ weight.T).float(), targets)
+    fused = getattr(functional, "linear_cross_entropy", None)  # torch 2.13 and later
+    if fused is not None:
+        return fused(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions()).float()
+    total = torch.zeros((), device=hidden.device)
+    for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        part = checkpoint(_summed, h, weight, t, use_reentrant=False)
+        assert isinstance(part, Tensor)
+        total = total + part
+    return total / (targets != -100).sum()
+
+
+def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")

@@ -1,0 +1,1 @@
+"""One training loop, for pruning and healing alike."""

@@ -1,0 +1,36 @@
+"""`inspect`: what a config says of a model. Loads neither torch nor transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from shearling.arch import family_of
+from shearling.axes.cost import memory_bytes
+from shearling.axes.count import cache_bytes_per_token, flops_per_token, parameters, parameters_by_group
+from shearling.axes.shape import shape_of
+from shearling.weights.config import read_config
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """Family, shape, axes, parameters per group and memory of a model folder, a config file or a Hub id."""
+    path = Path(model).expanduser()
+    if not path.exists() or path.suffix == ".gguf":
+        from shearling.weights.folder import resolve
+
+        path = resolve(model)
+    config = read_config(path)
+    family = family_of(config)
+    shape = shape_of(family, config)
+    context = int(config.get("max_position_embeddings") or 2048)
+    return {
+        "model": model,
+        "family": family.name,
+        "tied_embeddings": bool(family.setting(config, "tie_word_embeddings")),
+        "shape": dict(shape),
+        "axes": shape.axes,
+        "parameters": parameters(family, config),
+        "parameters_by_group": parameters_by_group(family, config),
+        "context_tokens": context,
+        "kv_cache_bytes_per_token": cache_bytes_per_token(family, shape),
+        "flops_per_token": flops_per_token(family, shape, context=context // 2),
+        **memory_bytes(family, config, context=context),
+    }

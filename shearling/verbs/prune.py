@@ -1,0 +1,216 @@
+"""`prune`: scores, perhaps learned masks, then the cut, and what it costs in held-out loss."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shearling.arch.config import config_at
+from shearling.axes.count import parameters
+from shearling.axes.index import Kept, select
+from shearling.axes.shape import Shape, resolve_target
+from shearling.cut.extract import Cut
+from shearling.cut.importance import Importance, measure
+from shearling.data.store import Store
+from shearling.masks.attach import Attached
+from shearling.masks.learned import LearnedMasks, make_gates
+from shearling.recipe import Prune
+from shearling.record import Record, versions
+from shearling.stage import Stage
+from shearling.train.loop import train
+from shearling.train.optim import adamw
+from shearling.verbs.session import Session, Watch, unwatched
+from shearling.verbs.source import Source
+from shearling.weights.checkpoint import fingerprint
+from shearling.weights.folder import carry
+from shearling.weights.model import load_model, reader, save_model
+
+log = logging.getLogger(__name__)
+
+PAPER_TOKENS = 420_000_000  # Sheared-LLaMA: 3,200 steps of 32 x 4,096 tokens
+TOKENS_PER_PARAMETER = 4
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a prune came to: held-out losses in nats per token, by domain."""
+
+    out: Path
+    source_parameters: int
+    parameters: int
+    source_losses: Mapping[str, float]
+    losses: Mapping[str, float]
+    flops: float = 0.0
+    misses: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    done_before: bool = False
+    masks: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwatched) -> Pruned:
+    """Cuts `model` to exactly `asked.to` and leaves the result as a model folder at `out`."""
+    source = Source.open(model, dtype=asked.dtype)
+    target, notes = resolve_target(source.family, source.shape, asked.to)
+    store = Store.open(Path(data))
+    default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
+    session = Session.plan(asked, source, store, default_tokens=default_tokens)
+    stage = Stage(Path(out), {"verb": "prune", "model": fingerprint(source.folder), "data": store.digest, **_plain(asked)})
+    if stage.done:
+        return _read_back(stage.out)
+    for note in notes:
+        log.info(note)
+    with stage as folder:
+        return _prune(source, target, tuple(notes), session, asked, folder, stage.out, watch)
+
+
+def _prune(
+    source: Source,
+    target: Shape,
+    notes: tuple[str, ...],
+    session: Session,
+    asked: Prune,
+    folder: Path,
+    out: Path,
+    watch: Watch,
+) -> Pruned:
+    record = Record(folder / "record.jsonl")
+    record.write("prune", target=dict(target), method=asked.method, versions=versions(), **session.describe())
+    model = load_model(source.folder, device=session.device)
+    before = session.losses(model)
+    record.write("held_out", step=0, of="source", losses=before)
+    importance = measure(
+        model,
+        source.family,
+        sizes=source.shape.axes,
+        batches=session.feed.calibration(asked.calibration_windows),
+        tied=source.tied,
+    )
+    misses: tuple[str, ...] = ()
+    flops = 0.0
+    if asked.method == "masks":
+        cut, misses = _learn(model, source, target, importance, session, asked, record, watch)
+        flops = session.flops(source, source.shape)
+        read = reader(model)
+    else:
+        cut = _score(source, target, importance)
+        del model
+        read = source.read
+    record.write("cut", kept=cut.kept.to_json(), misses=list(misses))
+    dtype = getattr(torch, asked.dtype) if asked.dtype else source.dtype
+    config = config_at(
+        source.family, source.config, target, layers=cut.kept.layers, dtype=str(dtype).removeprefix("torch.")
+    )
+    save_model(
+        folder,
+        family=source.family,
+        config=config,
+        layers=target["num_hidden_layers"],
+        dtype=dtype,
+        shape_of=cut.size,
+        tensor=lambda row, layer: cut.tensor(row, layer, read),
+    )
+    carry(source.folder, folder)
+    after = session.losses(load_model(folder, device=session.device))
+    record.write("held_out", step=session.settings.steps, of="cut", losses=after)
+    result = Pruned(
+        out=out,
+        source_parameters=source.parameters,
+        parameters=parameters(source.family, config),
+        source_losses=before,
+        losses=after,
+        flops=flops,
+        misses=misses,
+        notes=notes,
+    )
+    _write_origin(folder, source, target, cut.kept, asked, result)
+    return result
+
+
+def _score(source: Source, target: Shape, importance: Importance) -> Cut:
+    """The cut that one-shot scores choose, its norms' energy made good."""
+    scores = {axis: score.tolist() for axis, score in importance.scores.items()}
+    kept = select(scores, source=source.shape, target=target)
+    return Cut(source.family, source.config, target, kept, norm_scales=importance.norm_scales(kept))
+
+
+def _learn(
+    model: Any,
+    source: Source,
+    target: Shape,
+    importance: Importance,
+    session: Session,
+    asked: Prune,
+    record: Record,
+    watch: Watch,
+) -> tuple[Cut, tuple[str, ...]]:
+    """Trains masks and weights together; the model ends as its own modules with the trained weights."""
+    gates = make_gates(source.shape, target, scores=importance.scores, options=asked.masks, steps=session.settings.steps)
+    attached = Attached(
+        model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied
+    )
+    term = LearnedMasks(attached, gates.to(session.device), seed=asked.seed)
+    session.prepare(model, asked)
+    optimizers = [adamw(model.parameters(), lr=session.lr), *term.optimizers()]
+
+    def held_out() -> dict[str, float]:
+        term.settle()
+        return session.losses(model)
+
+    train(
+        model,
+        settings=session.settings,
+        state=session.state(),
+        draw=session.feed.draw,
+        optimizers=optimizers,
+        terms=[term],
+        evaluate=held_out,
+        log=record.write,
+        on_step=watch("learning masks", session.settings.steps),
+    )
+    kept = gates.kept()
+    misses = tuple(str(miss) for miss in gates.misses(kept))
+    for miss in misses:
+        log.warning("off target before the cut: %s", miss)
+    masks = {axis: mask.cpu() for axis, mask in term.settle().items()}
+    record.write("held_out", step=session.settings.steps, of="masked", losses=session.losses(model))
+    record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
+    attached.remove()
+    return Cut(source.family, source.config, target, kept, masks=masks), misses
+
+
+def _write_origin(
+    folder: Path, source: Source, target: Shape, kept: Kept, asked: Prune, result: Pruned
+) -> None:
+    """shearling.json: where the model comes from, for teachers, references and reports."""
+    origin = {
+        "format": "shearling-model",
+        "version": 1,
+        "source": {"name": source.name, "fingerprint": fingerprint(source.folder), "shape": dict(source.shape)},
+        "shape": dict(target),
+        "kept": kept.to_json(),
+        "method": asked.method,
+        "pruned": {
+            "source_losses": dict(result.source_losses),
+            "losses": dict(result.losses),
+            "source_parameters": result.source_parameters,
+            "parameters": result.parameters,
+            "flops": result.flops,
+            "misses": list(result.misses),
+            "notes": list(result.notes),
+        },
+    }
+    (folder / "shearling.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_back(out: Path) -> Pruned:
+    pruned = json.loads((out / "shearling.json").read_text(encoding="utf-8"))["pruned"]
+    lists = {key: tuple(pruned.pop(key)) for key in ("misses", "notes")}
+    return Pruned(out=out, done_before=True, **pruned, **lists)
+
+
+def _plain(asked: Prune) -> dict[str, Any]:
+    return asked.model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""Weight files in and out: the only room that touches them."""

@@ -1,0 +1,69 @@
+"""A model folder as a transformers model, and a model's weights as a folder."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shearling.axes.spec import Family, named
+from shearling.axes.spec import Tensor as Row
+from shearling.errors import UserError
+from shearling.weights.checkpoint import check_finite
+from shearling.weights.writer import Entry, write
+
+DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The causal model in a local folder, in evaluation mode, dropout off whatever its config says.
+
+    Raises UserError for weights that aren't finite and for tensors that are missing or left over.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for key in config.to_dict():
+        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
+            setattr(config, key, 0.0)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    stray = sorted([*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
+    if stray:
+        raise UserError(
+            f"model {folder}",
+            found=f"{len(stray)} tensors missing or left over: {', '.join(map(str, stray[:5]))}",
+            expected="exactly the tensors that its config calls for",
+            change="get config and weights that belong together",
+        )
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter)
+    return model.eval().to(device)
+
+
+def reader(model: Any) -> Callable[[Row, int | None], Tensor]:
+    """Reads a table's rows from a model in memory."""
+    state = dict(model.named_parameters())
+    return lambda row, layer: state[row.at(layer)].detach().cpu()
+
+
+def save_model(
+    folder: Path,
+    *,
+    family: Family,
+    config: Mapping[str, Any],
+    layers: int,
+    dtype: torch.dtype,
+    shape_of: Callable[[Row], tuple[int, ...]],
+    tensor: Callable[[Row, int | None], Tensor],
+) -> None:
+    """Writes config.json and the weights of a family's model, tensor by tensor, under their names on disk."""
+    rows = {row.at_disk(layer): (row, layer) for row, layer in named(family.present(config), layers)}
+    entries = [Entry(name, DTYPE_CODES[dtype], shape_of(row)) for name, (row, _) in rows.items()]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write(folder, entries, lambda name: tensor(*rows[name]).to(dtype).contiguous())
