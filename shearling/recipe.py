@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from shearling.axes.shape import parse_target
 from shearling.errors import UserError, nearest, raise_all
+from shearling.masks.options import PAPER, Options
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -23,8 +26,6 @@ def parse_tokens(value: object) -> int:
 
 def parse_shape(value: object) -> dict[str, int]:
     """A target shape: a mapping, or text as `--to` takes it. Raises ValueError."""
-    from shearling.axes.shape import parse_target
-
     if isinstance(value, Mapping):
         return parse_target(",".join(f"{key}={size}" for key, size in value.items()))
     return parse_target(str(value))
@@ -41,6 +42,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class Training(Section):
     """What pruning and healing share. What is left out is chosen from the model's size, the budget and the data."""
 
@@ -53,6 +57,9 @@ class Training(Section):
     proportions: dict[str, float] | None = None  # left out: by tokens
     eval_windows: int = Field(64, gt=0)  # held-out windows a domain
     eval_every: int | None = Field(None, ge=0)  # steps; left out: a tenth of the run
+    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
+    warmup: float = Field(0.03, ge=0, lt=1)
+    decay: float = Field(1.0, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0)
     seed: int = 0
     device: str | None = None
@@ -68,20 +75,12 @@ class Prune(Training):
     to: Target
     method: Literal["masks", "activation"] = "masks"
     calibration_windows: int = Field(128, gt=0)
-    relaxation: Literal["hard_concrete", "soft_topk"] = "soft_topk"
-    start: Literal["ranked", "open"] = "ranked"
-    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
-    warmup: float = Field(0.05, ge=0, lt=1)
-    mask_warmup: float = Field(0.7, ge=0, le=1)  # share of the steps in which the target slides
-    mask_lr: float = Field(0.01, ge=0)
+    masks: Options = Options()
+    decay: float = Field(0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with
 
 
 class Heal(Training):
     """Continued pre-training of the cut."""
-
-    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
-    warmup: float = Field(0.0, ge=0, lt=1)
-    decay: float = Field(1.0, ge=0, le=1)
 
 
 class Data(Section):
@@ -100,3 +99,93 @@ class Recipe(Section):
     data: Data | str  # documents, or a token store that is there already
     prune: Prune
     heal: Heal | None = None
+
+
+# Sheared-LLaMA (arXiv 2310.06694), section 3 and appendix: what `prune --paper` stands for.
+PAPER_PRUNE: dict[str, Any] = {
+    "tokens": "419430400",
+    "batch_tokens": "131072",
+    "seq_len": 4096,
+    "lr": 1e-4,
+    "schedule": "cosine",
+    "warmup": 0.1,
+    "masks": asdict(PAPER),
+}
+
+
+def validated(kind: type[S], values: Mapping[str, Any]) -> S:
+    """The section that `values` describe. Raises UserError for every field that doesn't fit, unknown ones with the
+    nearest known name.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise_all([_explain(kind, detail) for detail in error.errors()])
+        raise
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key.key=value` overrides. Raises UserError for whatever doesn't fit."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise UserError(
+            f"recipe {path}", found=error.strerror, expected="a YAML file", change="check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}", found=str(error), expected="YAML", change="mend the file") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"recipe {path}", found=type(values).__name__, expected="keys and values", change="see recipes/"
+        )
+    for setting in settings:
+        _override(values, setting)
+    return validated(Recipe, values)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A key that comes twice is an error, not a silent last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{sorted(twice)} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: dict[str, Any], setting: str) -> None:
+    path, sign, value = setting.partition("=")
+    if not sign:
+        raise UserError("--set", found=repr(setting), expected="key=value", change="write as heal.tokens=2M")
+    *outer, last = path.strip().split(".")
+    for key in outer:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise UserError(
+                "--set", found=f"{path}, where {key} is {inner!r}", expected="a section", change="shorten it"
+            )
+        values = inner
+    values[last] = yaml.safe_load(value)
+
+
+def _explain(kind: type[BaseModel], detail: Any) -> UserError:
+    path = [str(part) for part in detail["loc"]]
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return UserError(
+            ".".join(path), found="an unknown key", expected="a known one", change=nearest(path[-1], _known(kind, path))
+        )
+    message = detail["msg"].removeprefix("Value error, ")
+    found = "nothing" if detail["type"] == "missing" else repr(detail["input"])
+    return UserError(
+        ".".join(path), found=found, expected=message, change=f"change {path[-1]}" if path else "change it"
+    )
+
+
+def _known(kind: Any, path: Sequence[str]) -> list[str]:
+    """The keys of the section that the last part of `path` stands in."""
+    for part in path[:-1]:
+        field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
+        options = [field.annotation, *get_args(field.annotation)] if field else []
+        kind = next((o for o in options if is_dataclass(o) or hasattr(o, "model_fields")), kind)
+    return [f.name for f in fields(kind)] if is_dataclass(kind) else list(kind.model_fields)

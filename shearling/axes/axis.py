@@ -35,7 +35,7 @@ MASKABLE = ("hidden", "layer", "kv_head", "group", "intermediate")
 
 @dataclass(frozen=True)
 class Dim:
-    """A tensor's dimension: a sum of products of axes and constants, stored row-major, the products one after another."""
+    """A tensor's dimension: a sum of products of axes and constants; row-major, one product after another."""
 
     products: tuple[tuple[str | int, ...], ...]
 

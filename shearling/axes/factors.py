@@ -19,8 +19,8 @@ class Factor:
     """A mask along `axis`, to a power, multiplies a tensor along its dimension `dim` (None: all of it).
 
     `part` is what of the mask: its `soft` value, or the `count` m of its support, as sqrt(m / D), on a norm's weight
-    (whose epsilon then takes m / D). `when`: while `masked`, at the `cut`, or `always`. `output` moves the factor, while
-    masked, from the tensor to what its module gives: an embedding's rows are far fewer when looked up.
+    (whose epsilon then takes m / D). `when`: while `masked`, at the `cut`, or `always`. `output` moves the factor,
+    while masked, from the tensor to what its module gives: an embedding's rows are far fewer when looked up.
     """
 
     axis: str

@@ -57,7 +57,7 @@ class Shape(Mapping[str, int]):
 
 
 def shape_of(family: Family, config: Mapping[str, Any]) -> Shape:
-    """The shape of a Hugging Face config. Raises UserError for a size that is missing, no whole number or no divisor."""
+    """The shape of a Hugging Face config. Raises UserError for a size that is missing or doesn't fit."""
     sizes: dict[str, int] = {}
     for key in KEYS:
         try:

@@ -163,6 +163,11 @@ class Store:
         raise_all(store._size_errors())
         return store
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of the manifest, which holds every file's."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
+
     def tokens(self, domain: str, split: str) -> np.ndarray:
         """The ids [tokens] of a split, memory-mapped, in the store's dtype."""
         return self._map(domain, f"{split}.tokens", self._entry(domain, split).tokens)

@@ -98,8 +98,11 @@ class Attached:
         where = positions(row.dims[factor.dim], factor.axis, self.sizes)
         return factor.axis, chosen, torch.tensor(where, device=self.device)
 
-    def set(self, masks: Masks) -> None:
-        """Gives the masks of all attached axes their values for the next passes."""
+    def set(self, masks: Masks, *, alive: Tensor | float | None = None) -> None:
+        """Gives the masks of all attached axes their values for the next passes.
+
+        `alive` is how many hidden channels the norms count; left out, those that aren't exactly 0.
+        """
         self._computed = []
         for vector in self._vectors.values():
             value = vector.compute(masks)
@@ -108,15 +111,15 @@ class Attached:
                 vector.leaf.copy_(value)
             vector.leaf.grad = None
         if "hidden" in self.axes:
-            self._count(masks["hidden"])
+            self._count((masks["hidden"] != 0).sum() if alive is None else alive)
 
-    def _count(self, hidden: Tensor) -> None:
-        """The norms count the channels alive in this very mask; no gradient goes through the count."""
-        with torch.no_grad():
-            share = (hidden != 0).sum().clamp(min=1) / self.sizes["hidden"]
-            self._scale.copy_(share.sqrt())
-            for eps, tensor in self._eps.items():
-                tensor.copy_(eps * share)
+    @torch.no_grad()
+    def _count(self, alive: Tensor | float) -> None:
+        """The norms see a model of so many channels. No gradient goes through the count."""
+        share = torch.as_tensor(alive / self.sizes["hidden"], device=self.device).clamp(min=1 / self.sizes["hidden"])
+        self._scale.copy_(share.sqrt())
+        for eps, tensor in self._eps.items():
+            tensor.copy_(eps * share)
 
     def push(self) -> None:
         """Adds the gradients gathered by the leaves to what the last `set` was given."""

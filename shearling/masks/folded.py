@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def fold(weight: Tensor, row: Tensor | None, column: Tensor | None) -> Tensor:
-    """weight [O, I] times row [O] and column [I], in the wider of their dtypes; the weight itself where both are None."""
+    """weight [O, I] times row [O] and column [I], in the wider of their dtypes; the weight itself if both are None."""
     if row is not None:
         weight = weight * row.unsqueeze(-1)
     if column is not None:

@@ -1,16 +1,17 @@
-"""The gates of one model: a location for every entry of every axis that is cut, and what they come to."""
+"""The gates of one model, a location for every entry of every axis that is cut, and what is read from them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.index import Kept, places, select
 from shearling.axes.shape import Shape
-from shearling.masks import hard_concrete as gate
-from shearling.masks.constraint import expected_sparsity
+from shearling.masks.hard_concrete import KEPT_MIN
 
 
 @dataclass(frozen=True)
@@ -27,65 +28,63 @@ class Miss:
         return f"{self.axis}{place}: {self.open} open, {self.target} asked"
 
 
-class Gates(nn.Module):
-    """log_alpha by axis, [*within, size], for the axes on which `target` is smaller than `source`.
+class Gates(nn.Module, ABC):
+    """`location` by axis, [*within, size], for the axes on which `target` is smaller than `source`.
 
-    Entries that `closed` marks are shut and stay so.
+    The higher the likelier to stay. Entries that `closed` marks, [*within, size], are shut and stay so.
     """
 
     def __init__(self, source: Shape, target: Shape, *, start: Mapping[str, Tensor], closed: Mapping[str, Tensor]):
         super().__init__()
         self.source, self.target = source, target
         self.axes = cut_axes(source, target)
-        self.log_alpha = nn.ParameterDict(
-            {axis: nn.Parameter(start[axis].detach().clone().float()) for axis in self.axes}
-        )
-        self.closed = {axis: closed[axis] for axis in self.axes}
+        self.location = nn.ParameterDict({a: nn.Parameter(start[a].detach().clone().float()) for a in self.axes})
+        self.closed = nn.ParameterDict({a: nn.Parameter(closed[a], requires_grad=False) for a in self.axes})
 
-    def location(self, axis: str) -> Tensor:
-        """log_alpha, at the bottom where closed: no gradient gets there."""
-        return self.log_alpha[axis].masked_fill(self.closed[axis].to(self.log_alpha[axis].device), gate.LOG_ALPHA_MIN)
+    @abstractmethod
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """The masks of one training step."""
 
-    def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """One draw of every mask, by noise from a CPU generator, so that it is the same on any device."""
-        masks = {}
-        for axis in self.axes:
-            location = self.location(axis)
-            uniform = torch.rand(location.shape, generator=generator)
-            masks[axis] = gate.sample(location, uniform=uniform.to(location.device))
-        return masks
+    @abstractmethod
+    def alive(self, masks: Mapping[str, Tensor], step: int) -> Tensor | float | None:
+        """How many hidden channels the norms count under a step's masks; None where hidden isn't cut."""
 
-    def sparsity(self) -> dict[str, Tensor]:
-        """Expected sparsity by axis, one number for each place with a choice of its own: [*within]."""
-        return {axis: expected_sparsity(gate.keep_probability(self.location(axis))) for axis in self.axes}
+    @abstractmethod
+    def penalty(self, step: int) -> Tensor | None:
+        """What the constraint adds to a step's loss; None where it holds by construction."""
 
-    def wanted_sparsity(self, axis: str) -> float:
-        """Where an axis must end: 1 - target / source."""
-        return 1 - self.target.axes[axis] / self.source.axes[axis]
+    @abstractmethod
+    def end(self, step: int) -> None:
+        """After the optimizers have stepped."""
 
-    def clamp_(self) -> None:
-        """Keeps every gate where its gradient can still move it (LLM-Shearing: after every step)."""
-        with torch.no_grad():
-            for log_alpha in self.log_alpha.values():
-                log_alpha.clamp_(gate.LOG_ALPHA_MIN, gate.LOG_ALPHA_MAX)
+    @abstractmethod
+    def optimizers(self) -> list[Optimizer]:
+        """For the gates and whatever else is learned with them."""
+
+    @abstractmethod
+    def soft_values(self, axis: str) -> Tensor:
+        """The values that kept entries would end with now, [*within, size], in (0, 1]."""
+
+    @abstractmethod
+    def expected(self, axis: str) -> Tensor:
+        """The expected number of entries kept, one for each place with a choice of its own: [*within]."""
+
+    @abstractmethod
+    def opened(self, axis: str) -> Tensor:
+        """Which entries the gates themselves would keep, whatever the target: [*within, size]."""
 
     @torch.no_grad()
     def kept(self) -> Kept:
-        """The most open entries, exactly as many as the target asks along each axis; closed ones last of all."""
-        scores = {
-            axis: self.log_alpha[axis]
-            .masked_fill(self.closed[axis].to(self.log_alpha[axis].device), -torch.inf)
-            .tolist()
-            for axis in self.axes
-        }
+        """The highest entries, exactly as many as the target asks along each axis; closed ones last of all."""
+        scores = {axis: self.location[axis].masked_fill(self.closed[axis], -torch.inf).tolist() for axis in self.axes}
         return select(scores, source=self.source, target=self.target)
 
     @torch.no_grad()
     def masks(self, kept: Kept) -> dict[str, Tensor]:
-        """Soft values on the kept entries, exact zeros elsewhere; what lies within a removed entry is zero too."""
+        """Soft values of at least KEPT_MIN on the kept entries, exact zeros on all others."""
         masks = {}
         for axis in self.axes:
-            soft = gate.soft_value(self.location(axis))
+            soft = self.soft_values(axis).clamp(min=KEPT_MIN)
             mask = torch.zeros(mask_shape(axis, self.source.axes), device=soft.device)
             for place in places(axis, kept):
                 chosen = torch.tensor(kept.along(axis, place), device=soft.device)
@@ -95,15 +94,14 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def misses(self, kept: Kept) -> list[Miss]:
-        """Where the gates' own choice, open at a keep probability above 1/2, isn't the target's number."""
-        found = []
-        for axis in self.axes:
-            opened = (gate.keep_probability(self.location(axis)) > 0.5).sum(-1)
-            for place in places(axis, kept):
-                count, wanted = int(opened[place]), self.target.axes[axis]
-                if count != wanted:
-                    found.append(Miss(axis, place, count, wanted))
-        return found
+        """Where the gates' own choice isn't the target's number, in what is kept of the axes outside."""
+        counts = {axis: self.opened(axis).sum(-1) for axis in self.axes}
+        found = (
+            Miss(axis, place, int(counts[axis][place]), self.target.axes[axis])
+            for axis in self.axes
+            for place in places(axis, kept)
+        )
+        return [miss for miss in found if miss.open != miss.target]
 
 
 def cut_axes(source: Shape, target: Shape) -> tuple[str, ...]:

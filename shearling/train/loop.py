@@ -1,4 +1,4 @@
-"""The training loop. A step: draw, begin, forward and backward, the terms' gradients, clip, step, end, log, evaluate."""
+"""The training loop. A step: draw, begin, forward and backward, the terms' part, clip, step, end, log, evaluate."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter

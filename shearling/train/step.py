@@ -12,7 +12,7 @@ from shearling.train.schedule import Schedule
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes, all explicit. A batch is `batch_sequences` windows of `seq_len` tokens, forwarded so many at once."""
+    """How a run goes, all explicit. A batch is `batch_sequences` windows of `seq_len` tokens."""
 
     steps: int
     seq_len: int

@@ -17,7 +17,8 @@ from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
 from shearling.masks.attach import Attached
-from shearling.masks.learned import LearnedMasks, make_gates
+from shearling.masks.learned import LearnedMasks
+from shearling.masks.relaxations import make_gates
 from shearling.recipe import Prune
 from shearling.record import Record, versions
 from shearling.stage import Stage
@@ -58,7 +59,9 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
     store = Store.open(Path(data))
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
     session = Session.plan(asked, source, store, default_tokens=default_tokens)
-    stage = Stage(Path(out), {"verb": "prune", "model": fingerprint(source.folder), "data": store.digest, **_plain(asked)})
+    stage = Stage(
+        Path(out), {"verb": "prune", "model": fingerprint(source.folder), "data": store.digest, **_plain(asked)}
+    )
     if stage.done:
         return _read_back(stage.out)
     for note in notes:
@@ -148,13 +151,18 @@ def _learn(
     watch: Watch,
 ) -> tuple[Cut, tuple[str, ...]]:
     """Trains masks and weights together; the model ends as its own modules with the trained weights."""
-    gates = make_gates(source.shape, target, scores=importance.scores, options=asked.masks, steps=session.settings.steps)
-    attached = Attached(
-        model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied
-    )
-    term = LearnedMasks(attached, gates.to(session.device), seed=asked.seed)
+    gates = make_gates(
+        source.shape,
+        target,
+        scores=importance.scores,
+        options=asked.masks,
+        steps=session.settings.steps,
+        seed=asked.seed,
+    ).to(session.device)
+    attached = Attached(model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied)
+    term = LearnedMasks(attached, gates)
     session.prepare(model, asked)
-    optimizers = [adamw(model.parameters(), lr=session.lr), *term.optimizers()]
+    optimizers = [adamw(model.parameters(), lr=session.lr), *gates.optimizers()]
 
     def held_out() -> dict[str, float]:
         term.settle()
@@ -182,9 +190,7 @@ def _learn(
     return Cut(source.family, source.config, target, kept, masks=masks), misses
 
 
-def _write_origin(
-    folder: Path, source: Source, target: Shape, kept: Kept, asked: Prune, result: Pruned
-) -> None:
+def _write_origin(folder: Path, source: Source, target: Shape, kept: Kept, asked: Prune, result: Pruned) -> None:
     """shearling.json: where the model comes from, for teachers, references and reports."""
     origin = {
         "format": "shearling-model",

@@ -118,10 +118,9 @@ def default_batch_tokens(parameters: int, tokens: int) -> int:
 
 
 def _schedule(asked: Training) -> Callable[[int, int], float]:
-    warmup = getattr(asked, "warmup", 0.0)
-    if getattr(asked, "schedule", "trapezoid") == "cosine":
-        return partial(cosine, warmup=warmup)
-    return partial(trapezoid, warmup=warmup, decay=getattr(asked, "decay", 0.0))
+    if asked.schedule == "cosine":
+        return partial(cosine, warmup=asked.warmup)
+    return partial(trapezoid, warmup=asked.warmup, decay=asked.decay)
 
 
 def _autocast(choice: str, device: str) -> torch.dtype | None:

@@ -1,0 +1,325 @@
+"""The command line: parse, call, print. Nothing else prints."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shearling import __version__
+from shearling.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Shears a pretrained language model to exactly the shape you ask for.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Model = Annotated[str, typer.Argument(help="A model folder, a Hub id or a .gguf file.", show_default=False)]
+DataStore = Annotated[str, typer.Option("--data", help="A token store, made by `shearling data`.", show_default=False)]
+Out = Annotated[str, typer.Option("--out", help="The folder that the result becomes.", show_default=False)]
+Tokens = Annotated[str | None, typer.Option(help="How many tokens to train on: 200K, 1.5M, 50B.")]
+Steps = Annotated[int | None, typer.Option(help="How many optimizer steps, instead of --tokens.")]
+Lr = Annotated[float | None, typer.Option(help="Peak learning rate; left out, from the model's size.")]
+BatchTokens = Annotated[str | None, typer.Option(help="Tokens in a step; left out, from size and budget.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens in a window; left out, min(2048, the model's maximum).")]
+Seed = Annotated[int, typer.Option(help="Decides data order and noise.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; left out, the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the result's weights; left out, the source's.")]
+Autocast = Annotated[str, typer.Option(help="auto, off or bfloat16.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
+Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(name="inspect", epilog="Example: `shearling inspect models/SmolLM2-135M --json`")
+def inspect_(model: Model, as_json: Json = False) -> None:
+    """Shape, axes, parameters per group and memory; a config alone is enough."""
+    from shearling.verbs.inspect import inspect
+
+    found = inspect(model)
+    if as_json:
+        _print_json(found)
+        return
+    print(f"{found['family']}, {found['parameters']:,} parameters, context {found['context_tokens']:,} tokens")
+    _table("shape", found["shape"])
+    _table("axes", found["axes"])
+    _table("parameters", found["parameters_by_group"])
+    _table("memory", {k.removesuffix("_bytes"): _bytes(v) for k, v in found.items() if k.endswith("_bytes")})
+    per_token = {"KV-cache": _bytes(found["kv_cache_bytes_per_token"]), "FLOPs, forward": found["flops_per_token"]}
+    _table("per token", per_token)
+
+
+@app.command(epilog="Example: `shearling data corpus/ --tokenizer models/SmolLM2-135M --out store`")
+def data(
+    inputs: Annotated[list[str], typer.Argument(help="Files, a folder, or a folder with a folder per domain.")],
+    tokenizer: Annotated[str, typer.Option(help="The model whose tokenizer to use.", show_default=False)],
+    out: Out,
+    held_out: Annotated[float, typer.Option(help="Share of documents held out where no eval file is there.")] = 0.01,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Documents to a token store: JSONL, plain text, .gz, .zst; folders of folders are domains by name."""
+    from shearling.recipe import Data, validated
+    from shearling.verbs.data import make_store
+
+    asked = validated(Data, {"inputs": inputs, "held_out": held_out, "seed": seed})
+    with _Progress(quiet=as_json) as progress:
+        store, before = make_store(asked, tokenizer=tokenizer, out=out, progress=progress.documents)
+    counts = {
+        domain: {split: len(store.tokens(domain, split)) for split in ("train", "eval")} for domain in store.domains
+    }
+    if as_json:
+        _print_json({"out": out, "done_before": before, "tokens": counts})
+        return
+    _say_done(out, before)
+    _rows(("domain", "train tokens", "held out"), [(d, f"{c['train']:,}", f"{c['eval']:,}") for d, c in counts.items()])
+
+
+@app.command(
+    epilog="Example: `shearling prune models/SmolLM2-135M --to hidden_size=384,num_hidden_layers=20 "
+    "--data store --tokens 2M --out small`"
+)
+def prune(
+    model: Model,
+    to: Annotated[str, typer.Option(help="Target sizes in the config's terms: hidden_size=N,...", show_default=False)],
+    data: DataStore,
+    out: Out,
+    method: Annotated[str, typer.Option(help="masks (learned) or activation (one-shot).")] = "masks",
+    relaxation: Annotated[str | None, typer.Option(help="Of the masks: soft_topk or hard_concrete.")] = None,
+    start: Annotated[str | None, typer.Option(help="Of the masks: ranked (by activations) or open.")] = None,
+    mask_lr: Annotated[float | None, typer.Option(help="Learning rate of the masks.")] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Sheared-LLaMA's masks, constraint, rates and budget.")
+    ] = False,
+    tokens: Tokens = None,
+    steps: Steps = None,
+    lr: Lr = None,
+    batch_tokens: BatchTokens = None,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    autocast: Autocast = "auto",
+    compile: Compile = False,
+    activation_checkpointing: Checkpointing = False,
+    as_json: Json = False,
+) -> None:
+    """Cuts a model to exactly the shape that you ask for, by learned masks or by one-shot scores."""
+    from shearling.recipe import PAPER_PRUNE, Prune, validated
+    from shearling.verbs.prune import prune
+
+    masks = _given(relaxation=relaxation, start=start, lr=mask_lr)
+    training = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
+    base = PAPER_PRUNE if paper else {}
+    asked = {**base, **training, "to": to, "method": method, "seed": seed, "autocast": autocast, "compile": compile}
+    asked |= _given(dtype=dtype) | {"activation_checkpointing": activation_checkpointing}
+    asked["masks"] = {**base.get("masks", {}), **masks}
+    with _Progress(quiet=as_json) as progress:
+        result = prune(model, data=data, out=out, asked=validated(Prune, asked), watch=progress.steps)
+    if as_json:
+        _print_json(result)
+        return
+    _say_done(out, result.done_before)
+    print(f"{result.source_parameters:,} parameters -> {result.parameters:,}")
+    for miss in result.misses:
+        print(f"the masks missed their target and were cut to it: {miss}")
+    _losses({"source": result.source_losses, "cut": result.losses})
+    print(f"next: shearling heal {out} --data {data} --tokens N --out {out}-healed")
+
+
+@app.command(epilog="Example: `shearling heal small --data store --tokens 50M --out healed`")
+def heal(
+    model: Model,
+    data: DataStore,
+    out: Out,
+    tokens: Tokens = None,
+    steps: Steps = None,
+    lr: Lr = None,
+    batch_tokens: BatchTokens = None,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    autocast: Autocast = "auto",
+    compile: Compile = False,
+    activation_checkpointing: Checkpointing = False,
+    as_json: Json = False,
+) -> None:
+    """Continued pre-training: brings back what the cut took."""
+    from shearling.recipe import Heal, validated
+    from shearling.verbs.heal import heal
+
+    asked = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
+    asked |= _given(dtype=dtype) | {"activation_checkpointing": activation_checkpointing}
+    asked |= {"seed": seed, "autocast": autocast, "compile": compile}
+    with _Progress(quiet=as_json) as progress:
+        result = heal(model, data=data, out=out, asked=validated(Heal, asked), watch=progress.steps)
+    if as_json:
+        _print_json(result)
+        return
+    _say_done(out, result.done_before)
+    _losses({"before": result.losses_before, "healed": result.losses})
+    print(f"next: shearling eval {out} --data {data}")
+
+
+@app.command(name="eval", epilog="Example: `shearling eval healed --data store --json`")
+def eval_(
+    model: Model,
+    data: DataStore,
+    seq_len: SeqLen = None,
+    windows: Annotated[int | None, typer.Option(help="Held-out windows a domain; left out, all.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss per domain, in nats per token."""
+    from shearling.verbs.evaluate import evaluate
+
+    result = evaluate(model, data=data, seq_len=seq_len, windows=windows, device=device)
+    if as_json:
+        _print_json(result)
+        return
+    print(f"{model}: {result.parameters:,} parameters, windows of {result.seq_len} tokens")
+    _losses({"loss": result.losses})
+
+
+@app.command(epilog="Example: `shearling run recipes/stories260k.yaml --set heal.tokens=2M`")
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file; docs in recipes/.", show_default=False)],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Override, as heal.tokens=2M.")] = None,
+    as_json: Json = False,
+) -> None:
+    """All stages of a recipe in order, each skipped when it is finished already."""
+    from shearling.recipe import load_recipe
+    from shearling.run import run
+
+    with _Progress(quiet=as_json) as progress:
+        result = run(load_recipe(Path(recipe), settings or []), watch=progress.steps, documents=progress.documents)
+    if as_json:
+        _print_json(result)
+        return
+    _losses(result.losses)
+    print(f"the result: {result.model}; what happened: {result.report}")
+
+
+@app.command(epilog="Example: `shearling demo --out demo`")
+def demo(
+    out: Out = "demo",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Shears a small model to half, in minutes on a laptop's CPU, and compares; nothing is downloaded."""
+    from shearling.demo import demo
+
+    with _Progress(quiet=as_json) as progress:
+        result = demo(Path(out), seed=seed, watch=progress.steps)
+    if as_json:
+        _print_json(result)
+    else:
+        print(result.text)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+class _Progress:
+    """Rich progress on the terminal, with time left; silent where asked or where nobody looks."""
+
+    def __init__(self, *, quiet: bool):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+
+    def __enter__(self) -> "_Progress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def steps(self, title: str, steps: int) -> Callable[[int, float], None]:
+        task = self._bars.add_task(title, total=steps, note="")
+        return lambda step, loss: self._bars.update(task, completed=step, note=f"loss {loss:.3f}")
+
+    def documents(self, domain: str, documents: int, tokens: int) -> None:
+        task = next((t.id for t in self._bars.tasks if t.description == domain), None)
+        if task is None:
+            task = self._bars.add_task(domain, total=None, note="")
+        self._bars.update(task, completed=documents, note=f"{tokens:,} tokens")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _print_json(value: Any) -> None:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    print(json.dumps(value, default=str))
+
+
+def _say_done(out: str, before: bool) -> None:
+    print(f"{out}: {'already done' if before else 'done'}")
+
+
+def _table(title: str, values: Mapping[str, Any]) -> None:
+    print(f"\n{title}")
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"  {key:<{width}}  {value:>18,}" if isinstance(value, int) else f"  {key:<{width}}  {value:>18}")
+
+
+def _losses(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Held-out losses, a row a domain, and their mean."""
+    domains = list(next(iter(columns.values())))
+    rows = [(d, *(f"{losses[d]:.4f}" for losses in columns.values())) for d in domains]
+    means = (f"{sum(losses.values()) / len(losses):.4f}" for losses in columns.values())
+    _rows(("held-out loss", *columns), [*rows, ("mean", *means)])
+
+
+def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        first, *rest = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join((first.strip().ljust(widths[0]), *rest)))
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def main() -> None:
+    """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, anything else with 1."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing is left under the output's name", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""How masks are learned. The defaults healed best in our own runs (benchmarks/); PAPER is Sheared-LLaMA."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class Options:
+    """Shares are of the pruning steps. What belongs to one relaxation is ignored by the other.
+
+    `relaxation`: `soft_topk` keeps exactly as many as the sliding target asks at each step and draws no noise;
+    `hard_concrete` draws its masks and is held to the target by multipliers. `start`: `ranked` by one-shot importance,
+    or `open`, all alike.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    relaxation: Literal["soft_topk", "hard_concrete"] = "soft_topk"
+    start: Literal["ranked", "open"] = "ranked"
+    lr: float = 0.03  # AdamW on the gates
+    slide: float = 0.7  # share of the steps in which the target goes from the source's size to its own
+    temperature: float = 0.05  # soft_topk: of scores that are a unit apart at the ends, at the first step ...
+    temperature_end: float = 0.01  # ... and at the last, geometrically in between
+    level: float = 0.0  # hard_concrete: log alpha halfway between the last kept and the first cut
+    spread: float = 8.0  # hard_concrete, ranked: log alpha from the best entry to the worst
+    multiplier_lr: float = 1.0
+    ascent: Literal["plain", "adamw"] = "plain"
+
+
+# arXiv 2310.06694 and its code: N(5, 0.01) starts, AdamW at 1.0 on gates and multipliers, a slide of 640 in 3,200.
+PAPER = Options(
+    relaxation="hard_concrete",
+    start="open",
+    lr=1.0,
+    slide=0.2,
+    level=5.0,
+    multiplier_lr=1.0,
+    ascent="adamw",
+)

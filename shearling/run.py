@@ -1,0 +1,67 @@
+"""A whole run: the stages in order. Each is a folder of its own, and one that is finished is passed over."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from shearling.recipe import Data, Recipe
+from shearling.record import Record, versions
+from shearling.report.run_page import write_run_page
+from shearling.stage import Stage
+from shearling.verbs.data import make_store
+from shearling.verbs.heal import heal
+from shearling.verbs.prune import prune
+from shearling.verbs.session import Watch, unwatched
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Where a run left its result, and held-out losses by stage and domain."""
+
+    model: Path
+    report: Path
+    losses: Mapping[str, Mapping[str, float]]
+
+
+def run(
+    recipe: Recipe,
+    *,
+    watch: Watch = unwatched,
+    documents: Callable[[str, int, int], None] | None = None,
+) -> Ran:
+    """data, prune, heal, model, report."""
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    record = Record(out / "record.jsonl")
+    record.write("run", versions=versions())
+
+    store = str(out / "data") if isinstance(recipe.data, Data) else recipe.data
+    if isinstance(recipe.data, Data):
+        make_store(recipe.data, tokenizer=recipe.model, out=store, progress=documents)
+        record.write("stage", name="data", folder=store)
+
+    pruned = prune(recipe.model, data=store, out=str(out / "prune"), asked=recipe.prune, watch=watch)
+    record.write("stage", name="prune", folder=str(pruned.out), losses=pruned.losses)
+    folders, losses = {"prune": pruned.out}, {"source": pruned.source_losses, "cut": pruned.losses}
+
+    if recipe.heal is not None:
+        healed = heal(str(pruned.out), data=store, out=str(out / "heal"), asked=recipe.heal, watch=watch)
+        record.write("stage", name="heal", folder=str(healed.out), losses=healed.losses)
+        folders["heal"], losses["healed"] = healed.out, healed.losses
+
+    model = _publish(list(folders.values())[-1], out / "model")
+    report = write_run_page(out / "report.html", title=f"Shearling: {recipe.model}", folders=folders)
+    return Ran(model, report, losses)
+
+
+def _publish(stage: Path, out: Path) -> Path:
+    """The last stage's model under the run's own name for it."""
+    publishing = Stage(out, {"verb": "publish", "stage": stage.name, "record": (stage / "stage.json").read_text()})
+    if not publishing.done:
+        with publishing as folder:
+            shutil.copytree(stage, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
+    return out
