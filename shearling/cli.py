@@ -21,6 +21,8 @@ app = typer.Typer(
     help="Shears a pretrained language model to exactly the shape you ask for.",
 )
 
+INTERRUPTED = 130  # what typer exits with on Ctrl-C
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Model = Annotated[str, typer.Argument(help="A model folder, a Hub id or a .gguf file.", show_default=False)]
 DataStore = Annotated[str, typer.Option("--data", help="A token store, made by `shearling data`.", show_default=False)]
@@ -124,7 +126,9 @@ def prune(
 
     masks = _given(relaxation=relaxation, start=start, lr=mask_lr)
     training = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    base = PAPER_PRUNE if paper else {}
+    base = dict(PAPER_PRUNE) if paper else {}
+    if steps is not None:
+        base.pop("tokens", None)
     asked = {**base, **training, "to": to, "method": method, "seed": seed, "autocast": autocast, "compile": compile}
     asked |= _given(dtype=dtype) | {"activation_checkpointing": activation_checkpointing}
     asked["masks"] = {**base.get("masks", {}), **masks}
@@ -183,12 +187,15 @@ def eval_(
     seq_len: SeqLen = None,
     windows: Annotated[int | None, typer.Option(help="Held-out windows a domain; left out, all.")] = None,
     device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="To compute in; left out, float32.")] = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss per domain, in nats per token."""
+    from shearling.recipe import Eval, validated
     from shearling.verbs.evaluate import evaluate
 
-    result = evaluate(model, data=data, seq_len=seq_len, windows=windows, device=device)
+    asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+    result = evaluate(model, data=data, **asked.model_dump())
     if as_json:
         _print_json(result)
         return
@@ -316,9 +323,10 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted: nothing is left under the output's name", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            print("interrupted: what wasn't finished is not under its output's name", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -7,25 +7,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shearling.axes.shape import parse_target
 from shearling.errors import UserError, nearest, raise_all
 from shearling.masks.options import PAPER, Options
 
+RECIPE_FILE = "recipe.yaml"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_tokens(value: object) -> int:
-    """A count of tokens: a whole number, or one with a unit, as 200K, 1.5M, 50B. Raises ValueError."""
+    """A count of tokens: a whole number, or one with a unit, as 200K, 1.5M, 50B. Raises ValueError: what it expects."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMBT]?)\s*", str(value).upper())
     if not match:
-        raise ValueError(f"found {value!r}; expected a count of tokens, as 200K, 1.5M or 50B")
+        raise ValueError("a count of tokens, as 200K, 1.5M or 50B")
     return round(float(match[1]) * UNITS[match[2]])
 
 
 def parse_shape(value: object) -> dict[str, int]:
-    """A target shape: a mapping, or text as `--to` takes it. Raises ValueError."""
+    """A target shape: a mapping, or text as `--to` takes it. Raises UserError."""
     if isinstance(value, Mapping):
         return parse_target(",".join(f"{key}={size}" for key, size in value.items()))
     return parse_target(str(value))
@@ -39,7 +40,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of a recipe. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
@@ -68,6 +69,13 @@ class Training(Section):
     compile: bool = False
     activation_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Training":
+        if self.tokens is not None and self.steps is not None:
+            found = f"both, {self.tokens} tokens and {self.steps} steps"
+            raise UserError("tokens and steps", found=found, expected="one of them", change="leave one out")
+        return self
+
 
 class Prune(Training):
     """To a target shape, by learned masks or by one-shot scores."""
@@ -91,12 +99,32 @@ class Data(Section):
     seed: int = 0
 
 
+class Eval(Section):
+    """Held-out loss of a model as it is."""
+
+    seq_len: int | None = Field(None, gt=1)
+    windows: int | None = Field(None, gt=0)  # a domain; left out: all
+    device: str | None = None
+    dtype: Dtype | None = None  # to compute in; left out: float32
+
+
+def parse_data(value: object) -> Data | str:
+    """A token store's folder as it is, or the section of documents to make one from. Raises UserError."""
+    if isinstance(value, Data | str):
+        return value
+    if isinstance(value, Mapping):
+        return validated(Data, value, under="data.")
+    raise UserError(
+        "data", found=repr(value), expected="a token store's folder, or a section with inputs", change="change data"
+    )
+
+
 class Recipe(Section):
     """A whole run. A stage that is left out isn't done."""
 
     model: str
     out: str
-    data: Data | str  # documents, or a token store that is there already
+    data: Annotated[Data | str, BeforeValidator(parse_data)]  # documents, or a token store that is there already
     prune: Prune
     heal: Heal | None = None
 
@@ -113,14 +141,14 @@ PAPER_PRUNE: dict[str, Any] = {
 }
 
 
-def validated(kind: type[S], values: Mapping[str, Any]) -> S:
+def validated(kind: type[S], values: Mapping[str, Any], *, under: str = "") -> S:
     """The section that `values` describe. Raises UserError for every field that doesn't fit, unknown ones with the
-    nearest known name.
+    nearest known name. `under` is the section's own path, for messages.
     """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise_all([_explain(kind, detail) for detail in error.errors()])
+        raise_all([_explain(kind, detail, under) for detail in error.errors()])
         raise
 
 
@@ -143,6 +171,19 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     return validated(Recipe, values)
 
 
+def write_recipe(recipe: Recipe, out: Path) -> None:
+    """Makes the run's folder, with its resolved recipe. Raises UserError where something else is in the way."""
+    path, change = out / RECIPE_FILE, "choose another out, or move what is there away"
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out {out}", found="something that isn't a run", expected="nothing, or a run", change=change)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out {out}", found=error.strerror, expected="a folder to write", change=change) from error
+
+
 class _StrictLoader(yaml.SafeLoader):
     """A key that comes twice is an error, not a silent last one."""
 
@@ -150,7 +191,7 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{sorted(twice)} comes twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(sorted(map(repr, twice)))} comes twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -160,26 +201,30 @@ def _override(values: dict[str, Any], setting: str) -> None:
         raise UserError("--set", found=repr(setting), expected="key=value", change="write as heal.tokens=2M")
     *outer, last = path.strip().split(".")
     for key in outer:
-        inner = values.setdefault(key, {})
+        inner = values[key] = {} if values.get(key) is None else values[key]
         if not isinstance(inner, dict):
             raise UserError(
                 "--set", found=f"{path}, where {key} is {inner!r}", expected="a section", change="shorten it"
             )
         values = inner
-    values[last] = yaml.safe_load(value)
+    try:
+        values[last] = yaml.load(value, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {path}", found=repr(value), expected="a YAML value", change="quote it") from error
 
 
-def _explain(kind: type[BaseModel], detail: Any) -> UserError:
+def _explain(kind: type[BaseModel], detail: Any, under: str) -> UserError:
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause
     path = [str(part) for part in detail["loc"]]
+    where, last = under + ".".join(path), path[-1]
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return UserError(
-            ".".join(path), found="an unknown key", expected="a known one", change=nearest(path[-1], _known(kind, path))
-        )
-    message = detail["msg"].removeprefix("Value error, ")
-    found = "nothing" if detail["type"] == "missing" else repr(detail["input"])
-    return UserError(
-        ".".join(path), found=found, expected=message, change=f"change {path[-1]}" if path else "change it"
-    )
+        return UserError(where, found="an unknown key", expected="a known one", change=nearest(last, _known(kind, path)))
+    if detail["type"] == "missing":
+        return UserError(where, found="nothing", expected="a value", change=f"add {last}")
+    expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return UserError(where, found=repr(detail["input"]), expected=expected, change=f"change {last}")
 
 
 def _known(kind: Any, path: Sequence[str]) -> list[str]:

@@ -5,15 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from shearling.recipe import Data, Recipe
+from shearling.recipe import Data, Recipe, write_recipe
 from shearling.record import Record, versions
 from shearling.report.run_page import write_run_page
 from shearling.stage import Stage
 from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
-from shearling.verbs.prune import prune
+from shearling.verbs.prune import open_target, prune
 from shearling.verbs.session import Watch, unwatched
 
 
@@ -33,11 +31,11 @@ def run(
     documents: Callable[[str, int, int], None] | None = None,
 ) -> Ran:
     """data, prune, heal, model, report."""
-    out = Path(recipe.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    open_target(recipe.model, recipe.prune)  # a mistake there shows before hours of data
+    out = Path(recipe.out).expanduser()
+    write_recipe(recipe, out)
     record = Record(out / "record.jsonl")
-    record.write("run", versions=versions())
+    record.write("run", recipe=recipe.model_dump(mode="json"), versions=versions())
 
     store = str(out / "data") if isinstance(recipe.data, Data) else recipe.data
     if isinstance(recipe.data, Data):

@@ -21,16 +21,18 @@ class Stage:
 
     `identity` holds the plain JSON values that make this stage this one: the verb, its inputs' fingerprints, its
     settings. A `.partial` of the same identity, left by a process that died, is emptied and started over; whatever else
-    is in the way is a UserError, and nothing is touched. After any exception `.partial` stays and `OUT` is absent.
+    is in the way is a UserError, and nothing is touched. After any exception `OUT` is absent and `.partial` stays, but
+    for those of the kind `discard`, after which there's nothing in it to go on from: they leave nothing.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, object]):
+    def __init__(self, out: Path, identity: Mapping[str, object], *, discard: type[BaseException] | None = None):
         self.out = Path(os.path.abspath(Path(out).expanduser()))
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         # Beside the folder and not in it: it can't travel into the finished folder, it guards the folder's creation
         # too, and unlike a lock on the folder itself it holds on NFS, where flock wants a file open for writing.
         self.lock = self.out.with_name(f"{self.out.name}.partial.lock")
         self.identity = json.loads(_canonical(identity))
+        self.discard = discard
         self._descriptor: int | None = None
 
     @property
@@ -61,6 +63,8 @@ class Stage:
                 _sync_tree(self.partial)
                 os.rename(self.partial, self.out)
                 _sync(self.out.parent)
+            elif self.discard and issubclass(kind, self.discard):
+                shutil.rmtree(self.partial)
         finally:
             self._release()
 

@@ -24,21 +24,25 @@ class Importance:
     """What calibration found, on the CPU in float64.
 
     `scores` by axis, [*within, size], each at least 0. `energy` by the name of a norm over the hidden axis: the mean
-    square of each of its normalised inputs, [hidden], which is 1 on average over all of them.
+    of x^2 / (ms + eps) for each of its inputs x, [hidden], ms being their mean square at each token.
     """
 
     scores: dict[str, Tensor]
     energy: dict[str, Tensor]
 
     def norm_scales(self, kept: Kept) -> dict[str, float]:
-        """By norm, the root mean square of what its kept inputs had, before the norm brings it to 1 again.
+        """By norm, how much its denominator grows at the cut, in the root mean square over tokens.
 
-        Multiplied into the norm's weight it gives the cut model's readers inputs of the size that they had.
+        With x over all channels D, or over the kept ones K: (ms_K + eps) / (ms_D + eps), where the energy gives
+        ms_K / (ms_D + eps), and what it lacks of 1 on average is eps / (ms_D + eps). Multiplied into the norm's weight
+        it gives the cut model's readers inputs of the size that they had.
         """
         if "hidden" not in kept.choices:
             return {}
         channels = torch.tensor(kept.along("hidden"))
-        return {name: float(energy[channels].mean().sqrt()) for name, energy in self.energy.items()}
+        return {
+            name: float((energy[channels].mean() + 1 - energy.mean()).sqrt()) for name, energy in self.energy.items()
+        }
 
 
 class _Collector:

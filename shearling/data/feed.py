@@ -22,6 +22,7 @@ class Feed:
 
     def __post_init__(self) -> None:
         check_windows(self.store, self.store.domains, seq_len=self.seq_len)
+        draw(self.start(), self.proportions, 0)  # says at once what is wrong with the proportions
 
     def start(self) -> SamplerState:
         """The state before anything is read."""

@@ -17,10 +17,10 @@ class Options:
 
     relaxation: Literal["soft_topk", "hard_concrete"] = "soft_topk"
     start: Literal["ranked", "open"] = "ranked"
-    lr: float = 0.03  # AdamW on the gates
-    slide: float = 0.7  # share of the steps in which the target goes from the source's size to its own
-    temperature: float = 0.05  # soft_topk: of scores that are a unit apart at the ends, at the first step ...
-    temperature_end: float = 0.01  # ... and at the last, geometrically in between
+    lr: float = 0.01  # AdamW on the gates
+    slide: float = 0.6  # share of the steps in which the target goes from the source's size to its own
+    temperature: float = 0.03  # soft_topk: of scores that start evenly over (0, 1), at the first step ...
+    temperature_end: float = 3e-4  # ... and at the last, geometrically in between: warmer ends lose more at the cut
     level: float = 0.0  # hard_concrete: log alpha halfway between the last kept and the first cut
     spread: float = 8.0  # hard_concrete, ranked: log alpha from the best entry to the worst
     multiplier_lr: float = 1.0

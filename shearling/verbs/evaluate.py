@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from shearling.data.feed import Feed, by_size
 from shearling.data.store import Store
 from shearling.loss.held_out import held_out_losses
-from shearling.verbs.session import FORWARD_TOKENS, default_device
+from shearling.verbs.session import FORWARD_TOKENS, choose_device
 from shearling.verbs.source import Source
 from shearling.weights.model import load_model
 
@@ -23,16 +25,23 @@ class Evaluated:
 
 
 def evaluate(
-    model: str, *, data: str, seq_len: int | None = None, windows: int | None = None, device: str | None = None
+    model: str,
+    *,
+    data: str,
+    seq_len: int | None = None,
+    windows: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Evaluated:
-    """The losses of `model` on at most `windows` held-out windows a domain, all of them if left out."""
-    source = Source.open(model)
+    """The losses of `model`, computed in `dtype` (float32), on at most `windows` held-out windows a domain, or all."""
+    device = choose_device(device)
+    source = Source.open(model, dtype=dtype)
     store = Store.open(Path(data))
     source.check_store(store)
     seq_len = seq_len or min(2048, source.max_positions())
     sequences = max(1, FORWARD_TOKENS // seq_len)
     feed = Feed(store, by_size(store), seq_len, sequences, seed=0)
-    loaded = load_model(source.folder, device=device or default_device())
+    loaded = load_model(source.folder, dtype=getattr(torch, dtype or "float32"), device=device)
     losses = held_out_losses(loaded, feed.held_out(limit=windows, sequences=sequences))
     counts = {d: max(1, store.window_count(d, "eval", seq_len)) for d in store.domains}
     read = {d: min(count, windows or count) for d, count in counts.items()}

@@ -46,6 +46,7 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
     if stage.done:
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
+    source.check_finite()
     with stage as folder:
         return _heal(source, session, asked, folder, stage.out, watch)
 

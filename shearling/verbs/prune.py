@@ -13,7 +13,7 @@ from shearling.arch.config import config_at
 from shearling.axes.count import parameters
 from shearling.axes.index import Kept, select
 from shearling.axes.shape import Shape, resolve_target
-from shearling.cut.extract import Cut
+from shearling.cut.extract import Cut, Read
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
 from shearling.masks.attach import Attached
@@ -54,20 +54,26 @@ class Pruned:
 
 def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwatched) -> Pruned:
     """Cuts `model` to exactly `asked.to` and leaves the result as a model folder at `out`."""
-    source = Source.open(model, dtype=asked.dtype)
-    target, notes = resolve_target(source.family, source.shape, asked.to)
+    source, target, notes = open_target(model, asked)
     store = Store.open(Path(data))
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
     session = Session.plan(asked, source, store, default_tokens=default_tokens)
-    stage = Stage(
-        Path(out), {"verb": "prune", "model": fingerprint(source.folder), "data": store.digest, **_plain(asked)}
-    )
+    identity = {"verb": "prune", "model": fingerprint(source.folder), "data": store.digest}
+    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json")})
     if stage.done:
         return _read_back(stage.out)
     for note in notes:
         log.info(note)
+    source.check_finite()
     with stage as folder:
-        return _prune(source, target, tuple(notes), session, asked, folder, stage.out, watch)
+        return _prune(source, target, notes, session, asked, folder, stage.out, watch)
+
+
+def open_target(model: str, asked: Prune) -> tuple[Source, Shape, tuple[str, ...]]:
+    """The source, the whole target and what was filled in; raises UserError for all that can be told without data."""
+    source = Source.open(model, dtype=asked.dtype)
+    target, notes = resolve_target(source.family, source.shape, asked.to)
+    return source, target, tuple(notes)
 
 
 def _prune(
@@ -92,31 +98,15 @@ def _prune(
         batches=session.feed.calibration(asked.calibration_windows),
         tied=source.tied,
     )
-    misses: tuple[str, ...] = ()
-    flops = 0.0
-    if asked.method == "masks":
+    misses, flops, read = (), 0.0, source.read
+    if asked.method == "masks" and target != source.shape:
         cut, misses = _learn(model, source, target, importance, session, asked, record, watch)
-        flops = session.flops(source, source.shape)
-        read = reader(model)
+        flops, read = session.flops(source, source.shape), reader(model)
     else:
         cut = _score(source, target, importance)
         del model
-        read = source.read
     record.write("cut", kept=cut.kept.to_json(), misses=list(misses))
-    dtype = getattr(torch, asked.dtype) if asked.dtype else source.dtype
-    config = config_at(
-        source.family, source.config, target, layers=cut.kept.layers, dtype=str(dtype).removeprefix("torch.")
-    )
-    save_model(
-        folder,
-        family=source.family,
-        config=config,
-        layers=target["num_hidden_layers"],
-        dtype=dtype,
-        shape_of=cut.size,
-        tensor=lambda row, layer: cut.tensor(row, layer, read),
-    )
-    carry(source.folder, folder)
+    config = _save(source, cut, read, asked, folder)
     after = session.losses(load_model(folder, device=session.device))
     record.write("held_out", step=session.settings.steps, of="cut", losses=after)
     result = Pruned(
@@ -190,6 +180,24 @@ def _learn(
     return Cut(source.family, source.config, target, kept, masks=masks), misses
 
 
+def _save(source: Source, cut: Cut, read: Read, asked: Prune, folder: Path) -> dict[str, Any]:
+    """The cut as a model folder; gives its config."""
+    dtype = getattr(torch, asked.dtype) if asked.dtype else source.dtype
+    name = str(dtype).removeprefix("torch.")
+    config = config_at(source.family, source.config, cut.shape, layers=cut.kept.layers, dtype=name)
+    save_model(
+        folder,
+        family=source.family,
+        config=config,
+        layers=cut.shape["num_hidden_layers"],
+        dtype=dtype,
+        shape_of=cut.size,
+        tensor=lambda row, layer: cut.tensor(row, layer, read),
+    )
+    carry(source.folder, folder)
+    return config
+
+
 def _write_origin(folder: Path, source: Source, target: Shape, kept: Kept, asked: Prune, result: Pruned) -> None:
     """shearling.json: where the model comes from, for teachers, references and reports."""
     origin = {
@@ -218,5 +226,3 @@ def _read_back(out: Path) -> Pruned:
     return Pruned(out=out, done_before=True, **pruned, **lists)
 
 
-def _plain(asked: Prune) -> dict[str, Any]:
-    return asked.model_dump(mode="json")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import log2
+from math import isfinite, log2
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from shearling.axes.count import flops_per_token
 from shearling.axes.shape import Shape
 from shearling.data.feed import Feed, by_size
 from shearling.data.store import Store
+from shearling.errors import UserError, raise_all
 from shearling.loss.held_out import held_out_losses
 from shearling.recipe import Training
 from shearling.train.optim import default_lr
@@ -42,7 +43,7 @@ class Session:
     def plan(cls, asked: Training, source: Source, store: Store, *, default_tokens: int) -> "Session":
         """Fills in what `asked` leaves open."""
         source.check_store(store)
-        device = asked.device or default_device()
+        device = choose_device(asked.device)
         seq_len = asked.seq_len or min(2048, source.max_positions())
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
         batch_tokens = asked.batch_tokens or default_batch_tokens(source.parameters, tokens)
@@ -66,10 +67,23 @@ class Session:
         return State(step=0, tokens=0, sampler=self.feed.start())
 
     def losses(self, model: Any) -> dict[str, float]:
-        """Held-out loss by domain of a model as it is, in nats per token."""
-        return held_out_losses(
+        """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
+        losses = held_out_losses(
             model, self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
         )
+        raise_all(
+            [
+                UserError(
+                    f"held-out loss of {domain!r}",
+                    found=loss,
+                    expected="a finite loss",
+                    change=f"lower --lr: it was {self.lr:.3g}, and training diverged",
+                )
+                for domain, loss in losses.items()
+                if not isfinite(loss)
+            ]
+        )
+        return losses
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
@@ -78,7 +92,7 @@ class Session:
         """Switches on what was asked for to save memory or time."""
         if asked.activation_checkpointing:
             model.train()  # transformers checkpoints in training mode only; every dropout is 0
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if asked.compile:
             model.base_model.compile()
 
@@ -104,11 +118,17 @@ class Session:
         }
 
 
-def default_device() -> str:
-    """The best device here."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(asked: str | None) -> str:
+    """The device asked for, or the best one here. Raises UserError for one that isn't here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    known = [name for name, there in here.items() if there]
+    if asked is None:
+        return known[0]
+    kind, _, number = asked.partition(":")
+    numbered = kind == "cuda" and number.isdecimal() and int(number) < torch.cuda.device_count()
+    if kind in known and (asked == kind or numbered):
+        return asked
+    raise UserError("device", found=repr(asked), expected=" or ".join(known), change="choose another --device")
 
 
 def default_batch_tokens(parameters: int, tokens: int) -> int:

@@ -73,6 +73,11 @@ class Source:
         check_finite(name, weight)
         return weight
 
+    def check_finite(self) -> None:
+        """Reads every tensor, one at a time. Raises UserError for the first that holds NaN or an infinity."""
+        for name in self.checkpoint.names:
+            check_finite(name, self.checkpoint.read(name))
+
     def origin(self) -> dict[str, Any]:
         """What shearling.json says of the folder, if Shearling made it."""
         path = self.folder / ORIGIN

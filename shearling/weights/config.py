@@ -35,10 +35,15 @@ def read_config(model: Path) -> dict[str, Any]:
         raise _no_config(model)
     check_links(model)
     config = _checked_config(model / "config.json")
-    for path in sorted(model.glob("*.json")):
-        if path.name != "config.json" and not _is_bulk(path):
-            _refuse_code(path, read_json(path))
+    check_code(model)
     return config
+
+
+def check_code(folder: Path) -> None:
+    """Raises UserError if a JSON file of the folder asks for code that comes with the checkpoint."""
+    for path in sorted(folder.glob("*.json")):
+        if not _is_bulk(path):
+            _refuse_code(path, read_json(path))
 
 
 def read_json(path: Path, *, unique_keys: bool = False) -> Any:
