@@ -223,21 +223,19 @@ def run(
 
 
 @app.command(epilog="Example: `shearling demo --out demo`")
-def demo(
-    out: Out = "demo",
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+def demo(out: Out = "demo", seed: Seed = 0, as_json: Json = False) -> None:
     """Shears a small model to half, in minutes on a laptop's CPU, and compares; nothing is downloaded."""
-    from shearling.demo import demo
+    from shearling.demo.compare import compare
+    from shearling.demo.page import summary, write_demo_page
 
     with _Progress(quiet=as_json) as progress:
-        result = demo(Path(out), seed=seed, watch=progress.steps)
+        found = compare(Path(out) / f"seed-{seed}", seed=seed, watch=progress.steps)
+    page = write_demo_page(Path(out) / f"seed-{seed}.html", found)
     if as_json:
-        _print_json(result)
+        _print_json({**{arm.label: asdict(arm) for arm in found.arms}, "passed": found.passed, "page": page})
     else:
-        print(result.text)
-    raise typer.Exit(0 if result.passed else 1)
+        print(f"{summary(found)}\n\nthe page: {page}")
+    raise typer.Exit(0 if found.passed else 1)
 
 
 class _Progress:

@@ -191,7 +191,9 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(sorted(map(repr, twice)))} comes twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(sorted(map(repr, twice)))} comes twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -220,7 +222,9 @@ def _explain(kind: type[BaseModel], detail: Any, under: str) -> UserError:
     path = [str(part) for part in detail["loc"]]
     where, last = under + ".".join(path), path[-1]
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return UserError(where, found="an unknown key", expected="a known one", change=nearest(last, _known(kind, path)))
+        return UserError(
+            where, found="an unknown key", expected="a known one", change=nearest(last, _known(kind, path))
+        )
     if detail["type"] == "missing":
         return UserError(where, found="nothing", expected="a value", change=f"add {last}")
     expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

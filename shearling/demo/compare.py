@@ -1,6 +1,5 @@
 """The demo: a source is trained, sheared and healed, and set against what the same FLOPs give in other ways."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,27 +71,35 @@ class Comparison:
         versus = self.healed.mean - self.one_shot.mean
         winner = "learned masks" if versus < 0 else "the one-shot cut"
         return (
-            f"The sheared model {'beats' if self.passed else 'does not beat'} the same shape from scratch at equal FLOPs "
+            f"The sheared model {'beats' if self.passed else 'loses to'} the same shape from scratch at equal FLOPs, "
             f"by {abs(self.scratch.mean - self.healed.mean):.3f} nats per token. "
             f"Between learned masks and the one-shot cut, healed for the same FLOPs, {winner} came out ahead by "
             f"{abs(versus):.3f}."
         )
 
 
-def compare(work: Path, *, seed: int, rates: Mapping[str, float] = RATES, watch: Watch = unwatched) -> Comparison:
-    """Trains, shears, heals and compares in the folder `work`. What is finished there already is passed over."""
-    store, untrained = _prepare(work, seed)
+def train_source(work: Path, *, seed: int, lr: float = RATES["source"], watch: Watch = unwatched) -> Healed:
+    """Corpus, tokenizer, token store and the model to be sheared, in `work`."""
+    untrained = _prepare(work, seed)
+    return _train(work, untrained, work / "source", steps=SOURCE_STEPS, lr=lr, warmup=0.05, seed=seed, watch=watch)
 
-    def trained(model: Path, name: str, steps: int, rate: str, warmup: float) -> Healed:
-        asked = {**_common(seed), "steps": steps, "lr": rates[rate], "warmup": warmup}
-        return heal(str(model), data=store, out=str(work / name), asked=validated(Heal, asked), watch=_titled(watch, name))
+
+def compare(
+    work: Path, *, seed: int, rates: Mapping[str, float] = RATES, arms: str = ".", watch: Watch = unwatched
+) -> Comparison:
+    """Trains, shears, heals and compares in `work`, the arms in its folder `arms`; what is finished is passed over."""
+    source = train_source(work, seed=seed, lr=rates["source"], watch=watch)
+    folder = work / arms
 
     def cut(name: str, method: str) -> Pruned:
         asked = {**_common(seed), "to": TARGET, "method": method, "steps": PRUNE_STEPS, "lr": rates["masks"]}
-        watched = _titled(watch, name)
-        return prune(str(work / "source"), data=store, out=str(work / name), asked=validated(Prune, asked), watch=watched)
+        checked, watched = validated(Prune, asked), _titled(watch, name)
+        return prune(str(source.out), data=str(work / "store"), out=str(folder / name), asked=checked, watch=watched)
 
-    source = trained(untrained, "source", SOURCE_STEPS, "source", 0.05)
+    def trained(model: Path, name: str, steps: int, rate: str, warmup: float) -> Healed:
+        lr = rates[rate]
+        return _train(work, model, folder / name, steps=steps, lr=lr, warmup=warmup, seed=seed, watch=watch)
+
     pruned = cut("pruned", "masks")
     healed = trained(pruned.out, "healed", HEAL_STEPS, "masks", 0.03)
     equal_steps = round((pruned.flops + healed.flops) / (healed.flops / HEAL_STEPS))
@@ -100,14 +107,21 @@ def compare(work: Path, *, seed: int, rates: Mapping[str, float] = RATES, watch:
     scratch = trained(_small_untrained(work, seed), "scratch", equal_steps, "scratch", 0.05)
 
     spent = PRUNE_STEPS * BATCH_TOKENS
-    arms = {
+    found = {
         "source": _arm("source", source, rates["source"]),
         "cut": Arm("sheared", pruned.out, pruned.parameters, pruned.losses, spent, pruned.flops, rates["masks"]),
         "healed": _arm("sheared, healed", healed, rates["masks"], tokens=spent, flops=pruned.flops),
         "one_shot": _arm("one-shot cut, healed", one_shot, rates["one-shot"]),
         "scratch": _arm("from scratch", scratch, rates["scratch"]),
     }
-    return Comparison(**arms, samples={arm.label: _sample(arm.folder) for arm in arms.values()})
+    return Comparison(**found, samples={arm.label: _sample(arm.folder) for arm in found.values()})
+
+
+def _train(
+    work: Path, model: Path, out: Path, *, steps: int, lr: float, warmup: float, seed: int, watch: Watch
+) -> Healed:
+    asked = validated(Heal, {**_common(seed), "steps": steps, "lr": lr, "warmup": warmup})
+    return heal(str(model), data=str(work / "store"), out=str(out), asked=asked, watch=_titled(watch, out.name))
 
 
 def _common(seed: int) -> dict[str, Any]:
@@ -118,8 +132,8 @@ def _titled(watch: Watch, name: str) -> Watch:
     return lambda title, steps: watch(name, steps)
 
 
-def _prepare(work: Path, seed: int) -> tuple[str, Path]:
-    """Corpus, tokenizer, token store and an untrained source; the store's path and the source's."""
+def _prepare(work: Path, seed: int) -> Path:
+    """Corpus, tokenizer, token store and an untrained source, whose folder it gives."""
     inputs = Stage(work / "inputs", {"verb": "demo inputs", "source": SOURCE, "seed": seed})
     if not inputs.done:
         with inputs as folder:
@@ -128,7 +142,7 @@ def _prepare(work: Path, seed: int) -> tuple[str, Path]:
             write_untrained(SOURCE, folder / "untrained", tokenizer=folder / "tokenizer", seed=seed)
     asked = validated(Data, {"inputs": [str(inputs.out / "corpus")], "held_out": 0.02})
     make_store(asked, tokenizer=str(inputs.out / "tokenizer"), out=str(work / "store"))
-    return str(work / "store"), inputs.out / "untrained"
+    return inputs.out / "untrained"
 
 
 def _small_untrained(work: Path, seed: int) -> Path:
@@ -152,5 +166,3 @@ def _sample(folder: Path) -> str:
     """What the reloaded model goes on to say, a prompt for each domain."""
     model = load_model(folder)
     return "\n\n".join(continue_text(model, folder, prompt, tokens=SAMPLE_TOKENS) for prompt in PROMPTS.values())
-
-

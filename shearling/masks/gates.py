@@ -66,8 +66,8 @@ class Gates(nn.Module, ABC):
         """The values that kept entries would end with now, [*within, size], in (0, 1]."""
 
     @abstractmethod
-    def expected(self, axis: str) -> Tensor:
-        """The expected number of entries kept, one for each place with a choice of its own: [*within]."""
+    def expected(self, axis: str, step: int) -> Tensor:
+        """The expected number of entries kept at a step, one for each place with a choice of its own: [*within]."""
 
     @abstractmethod
     def opened(self, axis: str) -> Tensor:

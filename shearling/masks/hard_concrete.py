@@ -4,6 +4,7 @@ Louizos et al. 2018 (arXiv 1712.01312), section 2.2; constants as in Sheared-LLa
 Every function is elementwise; `log_alpha` is a gate's location, of any shape.
 """
 
+from hashlib import blake2b
 from math import log
 
 import torch
@@ -35,3 +36,8 @@ def keep_probability(log_alpha: Tensor) -> Tensor:
 def soft_value(log_alpha: Tensor) -> Tensor:
     """The value that a kept gate ends with: no noise, in [KEPT_MIN, 1)."""
     return torch.sigmoid(log_alpha / BETA * DETERMINISTIC_SLOPE).clamp(min=KEPT_MIN)
+
+
+def noise_seed(seed: int, step: int) -> int:
+    """The generator's seed for one step's noise. Hashed, as torch's CPU generator looks at the low 32 bits alone."""
+    return int.from_bytes(blake2b(f"{seed}/{step}".encode(), digest_size=4).digest(), "little")

@@ -15,6 +15,7 @@ class LearnedMasks:
         self.attached, self.gates, self.step = attached, gates, 0
 
     def begin(self, step: int) -> None:
+        self.step = step
         masks = self.gates.draw(step)
         self.attached.set(masks, alive=self.gates.alive(masks, step))
 
@@ -36,4 +37,5 @@ class LearnedMasks:
 
     def metrics(self) -> dict[str, float]:
         """By axis, the expected number of entries kept, on average over its places."""
-        return {f"expected_{axis}": float(self.gates.expected(axis).detach().mean()) for axis in self.gates.axes}
+        gates = self.gates
+        return {f"expected_{axis}": float(gates.expected(axis, self.step).detach().mean()) for axis in gates.axes}

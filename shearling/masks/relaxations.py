@@ -42,7 +42,7 @@ class HardConcreteGates(Gates):
 
     def draw(self, step: int) -> dict[str, Tensor]:
         """By noise that follows from (seed, step) alone, drawn on the CPU so that it is the same on any device."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        generator = torch.Generator().manual_seed(hard_concrete.noise_seed(self.seed, step))
         masks = {}
         for axis in self.axes:
             log_alpha = self.log_alpha(axis)
@@ -84,7 +84,7 @@ class HardConcreteGates(Gates):
     def soft_values(self, axis: str) -> Tensor:
         return hard_concrete.soft_value(self.log_alpha(axis))
 
-    def expected(self, axis: str) -> Tensor:
+    def expected(self, axis: str, step: int) -> Tensor:
         return hard_concrete.keep_probability(self.log_alpha(axis)).sum(-1)
 
     def opened(self, axis: str) -> Tensor:
@@ -145,8 +145,8 @@ class SoftTopKGates(Gates):
     def soft_values(self, axis: str) -> Tensor:
         return self.values(axis, self.steps - 1)
 
-    def expected(self, axis: str) -> Tensor:
-        return self.values(axis, self.steps - 1).sum(-1)
+    def expected(self, axis: str, step: int) -> Tensor:
+        return self.values(axis, step).sum(-1)
 
     def opened(self, axis: str) -> Tensor:
         return self.values(axis, self.steps - 1) > 0.5

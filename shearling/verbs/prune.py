@@ -224,5 +224,3 @@ def _read_back(out: Path) -> Pruned:
     pruned = json.loads((out / "shearling.json").read_text(encoding="utf-8"))["pruned"]
     lists = {key: tuple(pruned.pop(key)) for key in ("misses", "notes")}
     return Pruned(out=out, done_before=True, **pruned, **lists)
-
-

@@ -12,6 +12,7 @@ from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.shape import resolve_target
 from shearling.loss.cross_entropy import next_token_loss
 from shearling.masks.attach import Attached
+from shearling.masks.hard_concrete import noise_seed
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.options import Options
 from shearling.masks.relaxations import HardConcreteGates, SoftTopKGates, make_gates
@@ -163,7 +164,7 @@ def test_hard_concrete_gates_and_multipliers() -> None:
     term.backward(step)
 
     location, l1, l2 = (copied(d.items()) for d in (gates.location, gates.linear, gates.quadratic))
-    generator = torch.Generator().manual_seed((7 << 32) + step)
+    generator = torch.Generator().manual_seed(noise_seed(7, step))
     z, constraint = {}, torch.zeros((), dtype=torch.float64)
     for axis in MASKABLE:
         u = torch.rand(location[axis].shape, generator=generator).double().clamp(1e-6, 1 - 1e-6)

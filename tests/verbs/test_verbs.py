@@ -32,9 +32,7 @@ def pruned(tmp_path_factory, model_folder, store_folder, ask_prune):
     """One cut for each method."""
     out = tmp_path_factory.mktemp("pruned")
     return {
-        method: prune(
-            str(model_folder), data=str(store_folder), out=str(out / method), asked=ask_prune(method=method)
-        )
+        method: prune(str(model_folder), data=str(store_folder), out=str(out / method), asked=ask_prune(method=method))
         for method in METHODS
     }
 
@@ -129,7 +127,9 @@ def test_shearling_json_says_where_a_model_comes_from(pruned, model_folder, targ
     assert origin["source"]["shape"]["num_hidden_layers"] == 3
     assert {key: origin["shape"][key] for key in target} == target
     assert origin["method"] == method
-    kept = {axis: {tuple(place["within"]): place["kept"] for place in places} for axis, places in origin["kept"].items()}
+    kept = {
+        axis: {tuple(place["within"]): place["kept"] for place in places} for axis, places in origin["kept"].items()
+    }
     assert set(kept) == {"hidden", "layer", "group", "intermediate"}  # both kv heads stay
     assert len(kept["hidden"][()]) == 24
     layers = kept["layer"][()]
