@@ -13,7 +13,7 @@ from pathlib import Path
 from shearling.demo.compare import RATES, compare, train_source
 from shearling.record import versions
 
-TRIED = (3e-3, 6e-3, 1.2e-2)
+TRIED = (1.5e-3, 3e-3, 6e-3)
 ARMS = {"masks": "healed", "one-shot": "one_shot", "scratch": "scratch"}
 
 

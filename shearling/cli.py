@@ -40,11 +40,20 @@ Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 
 
-@app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # Verbs are imported only once their words make sense: a mistake there is told before torch has loaded.
+    pass
 
 
 @app.command(name="inspect", epilog="Example: `shearling inspect models/SmolLM2-135M --json`")
@@ -76,9 +85,11 @@ def data(
 ) -> None:
     """Documents to a token store: JSONL, plain text, .gz, .zst; folders of folders are domains by name."""
     from shearling.recipe import Data, validated
-    from shearling.verbs.data import make_store
 
     asked = validated(Data, {"inputs": inputs, "held_out": held_out, "seed": seed})
+
+    from shearling.verbs.data import make_store
+
     with _Progress(quiet=as_json) as progress:
         store, before = make_store(asked, tokenizer=tokenizer, out=out, progress=progress.documents)
     counts = {
@@ -100,7 +111,7 @@ def prune(
     to: Annotated[str, typer.Option(help="Target sizes in the config's terms: hidden_size=N,...", show_default=False)],
     data: DataStore,
     out: Out,
-    method: Annotated[str, typer.Option(help="masks (learned) or activation (one-shot).")] = "masks",
+    method: Annotated[str, typer.Option(help="masks (learned), activation (one-shot), or auto, by the budget.")] = "auto",
     relaxation: Annotated[str | None, typer.Option(help="Of the masks: soft_topk or hard_concrete.")] = None,
     start: Annotated[str | None, typer.Option(help="Of the masks: ranked (by activations) or open.")] = None,
     mask_lr: Annotated[float | None, typer.Option(help="Learning rate of the masks.")] = None,
@@ -122,7 +133,6 @@ def prune(
 ) -> None:
     """Cuts a model to exactly the shape that you ask for, by learned masks or by one-shot scores."""
     from shearling.recipe import PAPER_PRUNE, Prune, validated
-    from shearling.verbs.prune import prune
 
     masks = _given(relaxation=relaxation, start=start, lr=mask_lr)
     training = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
@@ -132,8 +142,12 @@ def prune(
     asked = {**base, **training, "to": to, "method": method, "seed": seed, "autocast": autocast, "compile": compile}
     asked |= _given(dtype=dtype) | {"activation_checkpointing": activation_checkpointing}
     asked["masks"] = {**base.get("masks", {}), **masks}
+    section = validated(Prune, asked)
+
+    from shearling.verbs.prune import prune
+
     with _Progress(quiet=as_json) as progress:
-        result = prune(model, data=data, out=out, asked=validated(Prune, asked), watch=progress.steps)
+        result = prune(model, data=data, out=out, asked=section, watch=progress.steps)
     if as_json:
         _print_json(result)
         return
@@ -165,13 +179,16 @@ def heal(
 ) -> None:
     """Continued pre-training: brings back what the cut took."""
     from shearling.recipe import Heal, validated
-    from shearling.verbs.heal import heal
 
     asked = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= _given(dtype=dtype) | {"activation_checkpointing": activation_checkpointing}
     asked |= {"seed": seed, "autocast": autocast, "compile": compile}
+    section = validated(Heal, asked)
+
+    from shearling.verbs.heal import heal
+
     with _Progress(quiet=as_json) as progress:
-        result = heal(model, data=data, out=out, asked=validated(Heal, asked), watch=progress.steps)
+        result = heal(model, data=data, out=out, asked=section, watch=progress.steps)
     if as_json:
         _print_json(result)
         return
@@ -192,9 +209,11 @@ def eval_(
 ) -> None:
     """Held-out loss per domain, in nats per token."""
     from shearling.recipe import Eval, validated
-    from shearling.verbs.evaluate import evaluate
 
     asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+
+    from shearling.verbs.evaluate import evaluate
+
     result = evaluate(model, data=data, **asked.model_dump())
     if as_json:
         _print_json(result)
@@ -211,10 +230,13 @@ def run(
 ) -> None:
     """All stages of a recipe in order, each skipped when it is finished already."""
     from shearling.recipe import load_recipe
+
+    asked = load_recipe(Path(recipe), settings or [])
+
     from shearling.run import run
 
     with _Progress(quiet=as_json) as progress:
-        result = run(load_recipe(Path(recipe), settings or []), watch=progress.steps, documents=progress.documents)
+        result = run(asked, watch=progress.steps, documents=progress.documents)
     if as_json:
         _print_json(result)
         return

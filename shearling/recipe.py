@@ -81,7 +81,7 @@ class Prune(Training):
     """To a target shape, by learned masks or by one-shot scores."""
 
     to: Target
-    method: Literal["masks", "activation"] = "masks"
+    method: Literal["auto", "masks", "activation"] = "auto"
     calibration_windows: int = Field(128, gt=0)
     masks: Options = Options()
     decay: float = Field(0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with

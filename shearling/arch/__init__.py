@@ -22,7 +22,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face config. Raises UserError for one that has no table."""
     known = {model_type: family for family in families() for model_type in family.model_types}
     model_type = config.get("model_type")
-    if model_type in known:
+    if isinstance(model_type, str) and model_type in known:
         return known[model_type]
     raise UserError(
         "model_type",

@@ -36,7 +36,8 @@ def layer_list(family: Family, config: Mapping[str, Any], rule: LayerRule) -> li
     """A per-layer list of the config, spelled out; None where all layers are alike anyway."""
     if config.get(rule.key) is not None:
         return list(config[rule.key])
-    if not family.setting(config, rule.flag):
+    no_window = config.get(rule.window, ...) is None
+    if no_window or not family.setting(config, rule.flag):
         return None
     start = family.setting(config, rule.start)
     return [rule.above if layer >= start else rule.below for layer in range(config["num_hidden_layers"])]

@@ -9,6 +9,7 @@ WINDOWS = LayerRule(
     key="layer_types",
     flag="use_sliding_window",
     start="max_window_layers",
+    window="sliding_window",
     below="full_attention",
     above="sliding_attention",
 )
@@ -45,6 +46,7 @@ QWEN2 = Family(
         "max_window_layers": 28,
         "rms_norm_eps": 1e-6,
     },
+    nulls={"num_key_value_heads": "num_attention_heads"},
     layer_rules=(WINDOWS,),
 )
 
@@ -83,5 +85,6 @@ QWEN3 = Family(
         "max_window_layers": 28,
         "rms_norm_eps": 1e-6,
     },
+    nulls={"num_key_value_heads": "num_attention_heads"},
     layer_rules=(WINDOWS,),
 )

@@ -1,6 +1,7 @@
 """A model's sizes in Hugging Face's terms, and what a target shape may be."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from shearling.axes.axis import Dim
@@ -92,7 +93,7 @@ def parse_target(text: str) -> dict[str, int]:
             )
         elif key in wanted:
             errors.append(UserError("target", found=f"{key} twice", expected="each size once", change="leave one out"))
-        elif not value.lstrip("-").isdigit():
+        elif not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
             errors.append(
                 UserError(f"target {key}", found=repr(value), expected="a whole number", change=f"write {key}=N")
             )

@@ -64,12 +64,13 @@ class Normalisation:
 class LayerRule:
     """How a per-layer list of the config is made when the config doesn't spell it out.
 
-    Entry i is `above` where `flag` is true and i >= config[start], else `below`.
+    Entry i is `above` where `flag` is true and i >= config[start], else `below`; all are `below` where `window` is null.
     """
 
     key: str
     flag: str
     start: str
+    window: str
     below: str
     above: str
 
@@ -85,6 +86,7 @@ class Family:
     cache: str  # a dim: what one token adds to one layer's KV-cache
     scores: str  # a dim: multiply-adds per token, layer and position attended to
     defaults: Mapping[str, Any] = field(default_factory=dict)  # a number, a flag, another key, or "key / key"
+    nulls: Mapping[str, Any] = field(default_factory=dict)  # what a null means, where that isn't the default
     divides: tuple[str, ...] = ()  # "a % b": what transformers' config class insists on
     layer_rules: tuple[LayerRule, ...] = ()  # lists of the config that follow the kept layers
     tensors: tuple[Tensor, ...] = field(init=False)
@@ -97,7 +99,8 @@ class Family:
         value = config.get(key)
         if value is not None:
             return value
-        default = self.defaults[key]
+        spelled_null = key in config and key in self.nulls
+        default = self.nulls[key] if spelled_null else self.defaults[key]
         if not isinstance(default, str):
             return default
         above, _, below = (word.strip() for word in default.partition("/"))

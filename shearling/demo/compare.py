@@ -20,7 +20,7 @@ from shearling.verbs.session import Watch, unwatched
 from shearling.weights.model import load_model
 
 SEQ_LEN, BATCH_TOKENS = 128, 2048
-SOURCE_STEPS, PRUNE_STEPS, HEAL_STEPS = 600, 50, 300
+SOURCE_STEPS, PRUNE_STEPS, HEAL_STEPS = 800, 50, 240
 
 # The best of three rates for each arm, found beforehand on seed 0: benchmarks/demo_rates.json has all of them.
 RATES = {"source": 6e-3, "masks": 6e-3, "one-shot": 6e-3, "scratch": 6e-3}

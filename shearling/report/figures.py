@@ -22,7 +22,7 @@ SORT_ABOVE = 256  # entries: more are narrower than a pixel each
 COLUMNS = 1024  # of a sorted row, enough for its course and little for the page
 THOUSANDS_ABOVE = 10_000  # along x: from here on 20k and 3M
 COLOURS = ("#1f5fa8", "#d1622b", "#2e8b57", "#8a4fae", "#b5373f", "#6b6b6b", "#a8841f", "#2a9aa8")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "shearling",
     "text.parse_math": False,  # a label may hold a dollar
@@ -81,6 +81,8 @@ def masks_by_layer(mask: Sequence[Any], *, title: str) -> str:
 
     Rows of more than SORT_ABOVE entries are sorted, the highest first, so that they show how hard the mask is.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = _rows(mask)
     entries = len(rows[0])
     is_sorted = entries > SORT_ABOVE
@@ -99,8 +101,8 @@ def masks_by_layer(mask: Sequence[Any], *, title: str) -> str:
             extent=(-0.5, entries - 0.5, len(rows) - 0.5, -0.5),
         )
         axes.set(title=title, xlabel="entry, each row sorted from high to low" if is_sorted else "entry")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         if by_layer:
             axes.set_ylabel("layer")
         else:
@@ -113,6 +115,8 @@ def masks_by_layer(mask: Sequence[Any], *, title: str) -> str:
 
 def kept_by_layer(kept_layers: Sequence[int], source_layers: int, *, title: str = "") -> str:
     """A strip of the source's layers, those that stay filled in."""
+    from matplotlib.ticker import MaxNLocator
+
     kept = set(kept_layers)
 
     def draw(figure: "Figure") -> None:
@@ -121,7 +125,7 @@ def kept_by_layer(kept_layers: Sequence[int], source_layers: int, *, title: str 
             colour = COLOURS[0] if layer in kept else "#f2f2f2"
             axes.bar(layer, 1, width=0.86, color=colour, edgecolor="#888", linewidth=0.6)
         axes.set(title=title, xlabel="layer of the source", xlim=(-0.7, source_layers - 0.3), ylim=(0, 1), yticks=[])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[:].set_visible(False)
 
     return _svg(draw, height_inches=1.1 if title else 0.9, name=title or "layers kept")

@@ -94,10 +94,8 @@ def test_flops_are_those_of_torchs_counter(model_type, group, tied):
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         source.model(tokens(40, sequences=sequences, length=length), use_cache=False)
-    # The rotary table is a matmul of positions and frequencies: once a forward, not once a layer, so not in our count.
-    rotary = 2 * sequences * length * source.shape["head_dim"] // 2
     expected = flops_per_token(source.family, source.shape, context=length)
-    assert counter.get_total_flops() - rotary == sequences * length * expected
+    assert counter.get_total_flops() == sequences * length * expected
 
 
 def test_flops_grow_with_the_context_by_the_attention_alone():

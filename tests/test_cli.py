@@ -1,0 +1,246 @@
+"""The command line: exit codes, what goes to stdout and what to stderr; a few as real commands."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import shearling
+from shearling import cli
+from shearling.stage import Stage
+
+VERBS = ("inspect", "data", "prune", "heal", "eval", "run", "demo")
+ENV = {**os.environ, "PYTHONPATH": str(Path(shearling.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+}
+# A Llama of CONFIG with a tokenizer that knows bytes alone, and documents to read.
+MAKE = """
+import json, sys, torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+folder = sys.argv[1]
+vocab = {token: id for id, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.decoder = decoders.ByteLevel()
+PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder + "/model")
+settings = json.loads(sys.argv[2])
+settings.pop("model_type")
+torch.manual_seed(0)
+LlamaForCausalLM(LlamaConfig(**settings, bos_token_id=None, eos_token_id=0)).save_pretrained(folder + "/model")
+"""
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "shearling.cli", *map(str, words)]
+
+
+def shell(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), cwd=cwd, env=ENV, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with `model/` and `corpus/`, made without any of Shearling's code."""
+    folder = tmp_path_factory.mktemp("workplace")
+    subprocess.run([sys.executable, "-c", MAKE, str(folder), json.dumps(CONFIG)], check=True, env=ENV)
+    for domain in ("fields", "hills"):
+        (folder / "corpus" / domain).mkdir(parents=True)
+        lines = [json.dumps({"text": f"{number} sheep in the {domain} and a dog"}) for number in range(40)]
+        (folder / "corpus" / domain / "part.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(workplace) -> subprocess.CompletedProcess[str]:
+    return shell("data", "corpus", "--tokenizer", "model", "--out", "store", "--held-out", 0.2, cwd=workplace)
+
+
+@pytest.fixture
+def config_folder(tmp_path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def run_main(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["shearling", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+# In process
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb):
+    result = CliRunner().invoke(cli.app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0
+    assert f"Example: shearling {verb}" in re.sub(r"[`│\s]+", " ", result.stdout)
+    assert "--json" in result.stdout
+
+
+@pytest.mark.parametrize("words", [["prune"], ["shave"], ["prune", "m", "--steps", "few"], ["data", "--nonsense"]])
+def test_usage_errors_end_with_2(monkeypatch, capsys, words):
+    assert run_main(monkeypatch, *words) == 2
+    told = capsys.readouterr()
+    assert "Usage:" in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["inspect", "absent"], "error: model absent: found neither a local folder nor a Hub id; expected a folder,"),
+        (
+            ["prune", "m", "--to", "hiden_size=48", "--data", "d", "--out", "o"],
+            "error: target: found 'hiden_size'; expected a size of the model; did you mean 'hidden_size'?\n",
+        ),
+        (
+            ["prune", "m", "--to", "hidden_size=48", "--data", "d", "--out", "o", "--method", "magic"],
+            "error: method: found 'magic'; expected ",
+        ),
+        (
+            ["prune", "m", "--to", "hidden_size=48", "--data", "d", "--out", "o", "--start", "cold"],
+            "error: masks.start: found 'cold'; expected 'ranked' or 'open'; change start\n",
+        ),
+        (
+            ["heal", "m", "--data", "d", "--out", "o", "--tokens", "many"],
+            "error: tokens: found 'many'; expected a count of tokens, as 200K, 1.5M or 50B; change tokens\n",
+        ),
+        (
+            ["heal", "m", "--data", "d", "--out", "o", "--tokens", "1M", "--steps", "3"],
+            "error: tokens and steps: found both, 1000000 tokens and 3 steps; expected one of them; leave one out\n",
+        ),
+        (["eval", "m", "--data", "d", "--seq-len", "0"], "error: seq_len: found 0; expected greater than 1;"),
+        (["eval", "m", "--data", "d", "--windows", "-1"], "error: windows: found -1; expected greater than 0;"),
+        (
+            ["data", "d", "--tokenizer", "m", "--out", "o", "--held-out", "2"],
+            "error: held_out: found 2.0; expected less than 1; change held_out\n",
+        ),
+        (["run", "absent.yaml"], "error: recipe absent.yaml: found No such file or directory; expected a YAML file"),
+    ],
+)
+def test_mistakes_end_with_2_and_the_plain_message(monkeypatch, capsys, tmp_path, words, told):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, *words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(told)
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_take_the_place_of_the_papers_tokens(monkeypatch):
+    from shearling.verbs import prune
+
+    asked = {}
+    monkeypatch.setattr(prune, "prune", lambda *_, **options: asked.update(options) or {})
+    words = ["prune", "m", "--to", "hidden_size=8", "--data", "d", "--out", "o", "--paper", "--steps", 3, "--json"]
+    assert run_main(monkeypatch, *words) == 0
+    assert (asked["asked"].steps, asked["asked"].tokens, asked["asked"].seq_len) == (3, None, 4096)
+    assert asked["asked"].masks.relaxation == "hard_concrete"
+
+
+def test_inspect_prints_tables_or_one_object(monkeypatch, capsys, config_folder):
+    assert run_main(monkeypatch, "inspect", config_folder) == 0
+    text = capsys.readouterr().out
+    assert run_main(monkeypatch, "inspect", config_folder, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shape"]["hidden_size"] == 32
+    assert found["parameters"] == sum(found["parameters_by_group"].values())
+    assert f"{found['parameters']:,} parameters" in text
+
+
+# As real commands
+
+
+def test_the_version():
+    result = shell("--version")
+    assert (result.returncode, result.stdout) == (0, f"{shearling.__version__}\n")
+
+
+def test_what_nobody_expected_ends_with_1():
+    script = "from shearling import cli\nfrom shearling.verbs import inspect\ninspect.inspect = None\ncli.main()"
+    words = [sys.executable, "-c", script, "inspect", "x"]
+    result = subprocess.run(words, env=ENV, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "TypeError" in result.stderr
+    assert result.stdout == ""
+
+
+def test_data_counts_what_it_stored(stored):
+    assert stored.returncode == 0, stored.stderr
+    lines = [line.split() for line in stored.stdout.splitlines()]
+    assert ["domain", "train", "tokens", "held", "out"] in lines
+    counts = {line[0]: line[1:] for line in lines if line[0] in ("fields", "hills")}
+    assert counts.keys() == {"fields", "hills"}
+    assert all(int(count.replace(",", "")) > 0 for pair in counts.values() for count in pair)
+
+
+def test_three_mistakes_as_commands(workplace, stored):
+    prune = ["prune", "model", "--data", "store", "--out", "never", "--seq-len", 16]
+    mistakes = {
+        (*prune, "--to", "hiden_size=24"): "error: target: found 'hiden_size'; expected a size of the model; "
+        "did you mean 'hidden_size'?\n",
+        (*prune, "--to", "hidden_size=30"): "error: target hidden_size: found 30 with num_attention_heads=4; expected a "
+        "multiple of num_attention_heads, which transformers' config insists on; choose hidden_size=28 or 32, or ",
+        ("eval", "model", "--data", "corpus"): "error: corpus/manifest.json: found no such file; expected a token store;",
+    }
+    for words, told in mistakes.items():
+        result = shell(*words, cwd=workplace)
+        assert result.returncode == 2
+        assert result.stderr.startswith(told)
+        assert result.stdout == ""
+    assert not list(workplace.glob("never*"))
+
+
+def test_ctrl_c_leaves_nothing_and_the_same_command_then_completes(workplace, stored):
+    words = ["prune", "model", "--to", "hidden_size=24", "--method", "masks", "--data", "store", "--out", "small"]
+    words += ["--steps", 200, "--seq-len", 16, "--batch-tokens", 64, "--json"]
+    record = workplace / "small.partial" / "record.jsonl"
+    with subprocess.Popen(command(*words), cwd=workplace, env=ENV, stderr=subprocess.PIPE, text=True) as process:
+        while not (record.is_file() and '"event": "step"' in record.read_text()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"it ended with {process.wait(0.05)}")
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.endswith("interrupted: what wasn't finished is not under its output's name\n")
+    assert not (workplace / "small").exists()
+
+    result = shell(*words, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["done_before"] is False
+    assert len(result.stdout.splitlines()) == 1
+    assert json.loads((workplace / "small" / "config.json").read_text())["hidden_size"] == 24
+    assert not list(workplace.glob("small.partial*"))
+
+    evaluated = shell("eval", "small", "--data", "store", "--seq-len", 16, "--windows", 4, "--json", cwd=workplace)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["losses"].keys() == {"fields", "hills"}
+    assert len(evaluated.stdout.splitlines()) == 1
+
+
+def test_a_second_process_on_the_same_output_is_refused(workplace, stored):
+    words = ["data", "corpus", "--tokenizer", "model", "--out", "twice"]
+    with pytest.raises(RuntimeError, match="never finished"), Stage(workplace / "twice", {"verb": "data"}):
+        result = shell(*words, cwd=workplace)
+        raise RuntimeError("never finished")
+    assert result.returncode == 2
+    assert f"twice.partial.lock: found process {os.getpid()} on host" in result.stderr
+    assert not (workplace / "twice").exists()

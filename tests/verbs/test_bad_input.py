@@ -1,0 +1,363 @@
+"""What the verbs refuse: found, expected, what to change, and nothing written."""
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, T5Config
+
+from shearling.errors import UserError
+from shearling.recipe import Data, Eval, Prune, validated
+from shearling.verbs.data import make_store
+from shearling.verbs.evaluate import evaluate
+from shearling.verbs.heal import heal
+from shearling.verbs.inspect import inspect
+from shearling.verbs.prune import prune
+
+VERBS = ("prune by masks", "prune by activation", "heal", "eval")
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def call(tmp_path, store_folder, ask_prune, ask_heal) -> Mapping[str, Callable]:
+    """Each verb as a function of the model; options are of the recipe's section, `data` and `out` apart."""
+
+    def paths(options: dict) -> dict[str, str]:
+        return {"data": str(options.pop("data", store_folder)), "out": str(options.pop("out", tmp_path / "out"))}
+
+    def prune_by(method: str, model: object, **options: object):
+        return prune(str(model), **paths(options), asked=ask_prune(method=method, **options))
+
+    def eval_(model: object, data: object = store_folder, **options: object):
+        return evaluate(str(model), data=str(data), **validated(Eval, {"seq_len": 32, **options}).model_dump())
+
+    return {
+        "prune by masks": lambda model, **options: prune_by("masks", model, **options),
+        "prune by activation": lambda model, **options: prune_by("activation", model, **options),
+        "heal": lambda model, **options: heal(str(model), **paths(options), asked=ask_heal(**options)),
+        "eval": eval_,
+    }
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Calls a function that has to raise a UserError with all of the `parts`, and to leave everything as it was."""
+
+    def check(function: Callable[[], object], *parts: str) -> None:
+        before = state(tmp_path)
+        with pytest.raises(UserError) as raised:
+            function()
+        told = str(raised.value)
+        for part in ("found ", "expected ", *parts):
+            assert part in told, told
+        assert state(tmp_path) == before
+
+    return check
+
+
+def state(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def edit(path: Path, **keys: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def spoil(folder: Path, value: float, *, entries: int = 1) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[WEIGHT].view(-1)[:entries] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """The weights in two files and the index of them, which is returned too."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    halves = {"model-00001-of-00002.safetensors": names[:10], "model-00002-of-00002.safetensors": names[10:]}
+    for file, half in halves.items():
+        save_file({name: weights[name] for name in half}, folder / file, metadata={"format": "pt"})
+    shard_of = {name: file for file, half in halves.items() for name in half}
+    (folder / INDEX).write_text(json.dumps({"weight_map": shard_of}))
+    return shard_of
+
+
+def an_encoder_decoder(folder: Path) -> None:
+    (folder / "config.json").write_text(T5Config().to_json_string())
+
+
+def an_unknown_family(folder: Path) -> None:
+    (folder / "config.json").write_text(GPT2Config().to_json_string())
+
+
+def code_in_config(folder: Path) -> None:
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+
+
+def code_in_tokenizer_config(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+
+
+def code_in_generation_config(folder: Path) -> None:
+    edit(folder / "generation_config.json", nested=[{"auto_map": {}}])
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def nan(folder: Path) -> None:
+    spoil(folder, float("nan"), entries=2)
+
+
+def infinity(folder: Path) -> None:
+    spoil(folder, float("-inf"))
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def a_truncated_shard(folder: Path) -> None:
+    shard(folder)
+    path = folder / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def a_missing_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def absent_tensors(folder: Path) -> None:
+    shard_of = shard(folder)
+    edit(folder / INDEX, weight_map={**shard_of, "model.ghost.weight": "model-00001-of-00002.safetensors"})
+
+
+def another_dtype(folder: Path) -> None:
+    edit(folder / "config.json", dtype="bfloat16")
+
+
+def a_missing_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[WEIGHT]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def another_size(folder: Path) -> None:
+    edit(folder / "config.json", intermediate_size=40)
+
+
+def too_many_ids(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{number}>" for number in range(9)])
+    tokenizer.save_pretrained(folder)
+
+
+def another_tokenizer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (an_encoder_decoder, ["is_encoder_decoder", "decoder-only", "choose another model"]),
+        (an_unknown_family, ["model_type: found 'gpt2'; expected one of llama"]),
+        (code_in_config, ["config.json, field auto_map", "never runs", "choose another model"]),
+        (code_in_tokenizer_config, ["tokenizer_config.json, field auto_map", "never runs"]),
+        (code_in_generation_config, ["generation_config.json, field nested.0.auto_map", "never runs"]),
+        (only_pickles, ["pickle-only weights (pytorch_model.bin)", "model.safetensors", "convert them"]),
+        (no_weights, ["found no weights", "download the weights"]),
+        (nan, [f"tensor '{WEIGHT}': found 2 NaN and 0 Inf among 1536 values", "get the source model again"]),
+        (infinity, [f"tensor '{WEIGHT}': found 0 NaN and 1 Inf among 1536 values", "get the source model again"]),
+        (truncated, ["model.safetensors", "bytes", "again"]),
+        (a_truncated_shard, ["model-00002-of-00002.safetensors", "bytes", "again"]),
+        (a_missing_shard, ["found no file model-00002-of-00002.safetensors", "download the missing shards"]),
+        (absent_tensors, [INDEX, "no shard holds", "model.ghost.weight", "from one revision"]),
+        (another_dtype, ["field dtype: found bfloat16 in config.json and float32 in the weights", "pass --dtype"]),
+        (a_missing_tensor, [f"1 tensors not there: {WEIGHT}", "that belong together"]),
+        (another_size, ["found shape [48, 32]; expected [40, 32], by config.json", "that belong together"]),
+        (too_many_ids, ["tokenizer of", "ids; expected at most", "the rows of the embedding"]),
+        (another_tokenizer, ["token store", "tokens made with the tokenizer 'tiny'", "prepare the data again"]),
+    ],
+)
+def test_a_model_that_is_not_sound(call, refused, copied, verb, damage, parts):
+    folder = copied()
+    damage(folder)
+    refused(lambda: call[verb](folder), *parts)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_dtype_that_was_asked_for_settles_the_quarrel(call, copied, verb):
+    result = call[verb](copied(dtype="bfloat16"), dtype="float32")
+    if verb != "eval":
+        assert {w.dtype for w in load_file(result.out / "model.safetensors").values()} == {torch.float32}
+        assert json.loads((result.out / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (an_encoder_decoder, ["is_encoder_decoder"]),
+        (an_unknown_family, ["model_type: found 'gpt2'"]),
+        (code_in_config, ["config.json, field auto_map"]),
+        (code_in_generation_config, ["generation_config.json, field nested.0.auto_map"]),
+    ],
+)
+def test_inspect_refuses_what_can_not_be_sheared(refused, copied, damage, parts):
+    folder = copied()
+    damage(folder)
+    refused(lambda: inspect(str(folder)), *parts)
+
+
+@pytest.mark.parametrize("method", ["masks", "activation"])
+@pytest.mark.parametrize(
+    ("to", "parts"),
+    [
+        ("hidden_size=40", ["target hidden_size: found 40; expected 1 to 32, the source's", "in that range"]),
+        ("num_hidden_layers=4", ["target num_hidden_layers: found 4; expected 1 to 3"]),
+        ("intermediate_size=0", ["target intermediate_size: found 0; expected 1 to 48"]),
+        ("intermediate_size=-8", ["target intermediate_size: found -8; expected 1 to 48"]),
+        ("hidden_size=30", ["found 30 with num_attention_heads=4", "a multiple", "choose hidden_size=28 or 32"]),
+        ("num_attention_heads=3", ["found 3 on num_key_value_heads=2", "num_attention_heads=2 or 4"]),
+        ("num_key_value_heads=1", ["found 4 on num_key_value_heads=1", "1 to 2 heads for each kv head"]),
+        ("vocab_size=100", ["target vocab_size: found 100", "the vocabulary is not supported yet: leave it out"]),
+        ("head_dim=4", ["target head_dim: found 4; expected 8", "not supported yet: leave it out"]),
+    ],
+)
+def test_a_target_that_can_not_be_cut_to(call, refused, model_folder, method, to, parts):
+    refused(lambda: call[f"prune by {method}"](model_folder, to=to), *parts)
+
+
+def test_all_that_is_wrong_with_a_target_is_told_at_once(call, refused, model_folder):
+    wrong = "hidden_size=99,intermediate_size=0"
+    refused(lambda: call["prune by masks"](model_folder, to=wrong), "found 99", "found 0")
+
+
+@pytest.mark.parametrize(
+    ("to", "told"),
+    [
+        ("hiden_size=24", "target: found 'hiden_size'; expected a size of the model; did you mean 'hidden_size'?"),
+        ("hidden_size=24,hidden_size=24", "target: found hidden_size twice; expected each size once; leave one out"),
+        ("hidden_size=big", "target hidden_size: found 'big'; expected a whole number; write hidden_size=N"),
+        ("", "target: found nothing; expected sizes; name what to cut, as hidden_size=N,..."),
+    ],
+)
+def test_a_target_that_can_not_be_read(to, told):
+    with pytest.raises(UserError) as raised:
+        validated(Prune, {"to": to})
+    assert str(raised.value) == told
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_too_little_data_for_one_step(call, refused, model_folder, verb):
+    parts = ["domain 'code'", "found too little data for one step", "expected at least 50001", "shorter --seq-len"]
+    refused(lambda: call[verb](model_folder, seq_len=50_000), *parts)
+
+
+@pytest.mark.parametrize("verb", VERBS[:3])
+@pytest.mark.parametrize(
+    ("proportions", "parts"),
+    [
+        (
+            {"code": 1, "prose": 1, "sums": 1, "codee": 1},
+            ["proportions: found 'codee'; expected a domain of the data; did you mean 'code'?"],
+        ),
+        ({"code": 1, "prose": 1}, ["found none for 'sums'; expected one for each domain"]),
+        ({"code": 1, "prose": 1, "sums": -1}, ["proportion of 'sums': found -1", "expected a positive"]),
+    ],
+)
+def test_proportions_that_do_not_fit_the_domains(call, refused, model_folder, verb, proportions, parts):
+    refused(lambda: call[verb](model_folder, proportions=proportions), *parts)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("device", ["warp", "cuda:99", "meta", "cpu:"])
+def test_a_device_that_is_not_here(call, refused, model_folder, verb, device):
+    refused(lambda: call[verb](model_folder, device=device), f"device: found '{device}'", "choose another --device")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_store_that_is_none(call, refused, model_folder, verb):
+    refused(lambda: call[verb](model_folder, data=model_folder), "manifest.json: found no such file", "a token store")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("model", ["./absent", "absent", "a/b/c"])
+def test_a_model_that_is_not_there(call, refused, verb, model):
+    refused(lambda: call[verb](model), f"model {model}", "found n")
+
+
+@pytest.mark.parametrize("verb", VERBS[:3])
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_an_output_folder_with_something_else_in_it(call, refused, tmp_path, model_folder, verb, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("mine")
+    parts = [f"output {tmp_path / name}: found something that isn't a stage", "choose another --out"]
+    refused(lambda: call[verb](model_folder), *parts)
+
+
+def test_the_model_itself_as_output(call, refused, copied):
+    folder = copied()
+    refused(lambda: call["heal"](folder, out=folder), "isn't a stage of Shearling's", "choose another --out")
+
+
+def test_an_output_folder_of_other_settings(call, refused, model_folder):
+    call["prune by activation"](model_folder)
+    parts = ["a stage with other settings (seed: 0 there, 1 now)", "choose another --out"]
+    refused(lambda: call["prune by activation"](model_folder, seed=1), *parts)
+
+
+@pytest.mark.parametrize("verb", ["prune by masks", "heal"])
+def test_training_that_diverges_ends_without_a_result(call, tmp_path, model_folder, verb):
+    with pytest.raises(UserError, match=r"held-out loss of 'code': found nan; expected a finite loss; lower --lr"):
+        call[verb](model_folder, lr=1e30)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "parts"),
+    [
+        (lambda p: (p / "a.jsonl").write_text('{"text": "a"}\n{"text": \n'), ["a.jsonl", "line 2", "byte"]),
+        (lambda p: (p / "a.jsonl").write_text('{"text": 3}\n'), ["a.jsonl", "line 1", "text"]),
+        (lambda p: (p / "a.jsonl").write_text('{"body": "a"}\n'), ["a.jsonl", "line 1", "text"]),
+        (lambda p: (p / "a.txt").write_bytes(b"caf\xe9 au lait"), ["a.txt", "UTF-8"]),
+        (lambda p: (p / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b c"}\n' * 99)[:-9]), ["a.jsonl.gz"]),
+        (lambda p: (p / "empty").mkdir(), ["empty"]),
+        (lambda p: (p / "a.txt").write_text(""), ["no documents with text"]),
+    ],
+)
+def test_documents_that_can_not_be_read(refused, tmp_path, model_folder, write, parts):
+    (tmp_path / "documents").mkdir()
+    write(tmp_path / "documents")
+    asked = validated(Data, {"inputs": [str(tmp_path / "documents")]})
+    refused(lambda: make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "out")), *parts)
+
+
+def test_a_mistake_in_the_documents_does_not_block_the_next_try(tmp_path, corpus, model_folder):
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match="no such file or folder"):
+        make_store(validated(Data, {"inputs": ["absent"]}), tokenizer=str(model_folder), out=out)
+    store, _ = make_store(validated(Data, {"inputs": [str(corpus)]}), tokenizer=str(model_folder), out=out)
+    assert store.domains == ("code", "prose", "sums")
+
+
+def test_a_tokenizer_that_brings_code(refused, tmp_path, copied, corpus):
+    folder = copied()
+    code_in_tokenizer_config(folder)
+    asked = validated(Data, {"inputs": [str(corpus)]})
+    parts = ["tokenizer_config.json, field auto_map", "never runs"]
+    refused(lambda: make_store(asked, tokenizer=str(folder), out=str(tmp_path / "out")), *parts)
