@@ -23,7 +23,7 @@ SEQ_LEN, BATCH_TOKENS = 128, 2048
 SOURCE_STEPS, PRUNE_STEPS, HEAL_STEPS = 800, 50, 240
 
 # The best of three rates for each arm, found beforehand on seed 0: benchmarks/demo_rates.json has all of them.
-RATES = {"source": 6e-3, "masks": 6e-3, "one-shot": 6e-3, "scratch": 6e-3}
+RATES = {"source": 3e-3, "masks": 3e-3, "one-shot": 6e-3, "scratch": 3e-3}
 
 PROMPTS = {"code": "def read(self", "docs": "The function returns", "names": "000C8 LATIN CAPITAL LETTER"}
 SAMPLE_TOKENS = 48
