@@ -197,9 +197,18 @@ def test_three_mistakes_as_commands(workplace, stored):
     mistakes = {
         (*prune, "--to", "hiden_size=24"): "error: target: found 'hiden_size'; expected a size of the model; "
         "did you mean 'hidden_size'?\n",
-        (*prune, "--to", "hidden_size=30"): "error: target hidden_size: found 30 with num_attention_heads=4; expected a "
+        (
+            *prune,
+            "--to",
+            "hidden_size=30",
+        ): "error: target hidden_size: found 30 with num_attention_heads=4; expected a "
         "multiple of num_attention_heads, which transformers' config insists on; choose hidden_size=28 or 32, or ",
-        ("eval", "model", "--data", "corpus"): "error: corpus/manifest.json: found no such file; expected a token store;",
+        (
+            "eval",
+            "model",
+            "--data",
+            "corpus",
+        ): "error: corpus/manifest.json: found no such file; expected a token store;",
     }
     for words, told in mistakes.items():
         result = shell(*words, cwd=workplace)

@@ -241,3 +241,10 @@ def test_the_dtype_that_was_asked_for(tmp_path, model_folder, store_folder, ask_
     for folder, dtype in ((cut, "bfloat16"), (healed, "float16")):
         assert {weight.dtype for weight in weights(folder).values()} == {getattr(torch, dtype)}
         assert config(folder)["dtype"] == dtype
+
+
+def test_a_small_budget_is_cut_by_scores_and_says_so(tmp_path, model_folder, store_folder, ask_prune):
+    """Left alone, the method goes by the budget; four steps are too few for masks."""
+    result = prune(str(model_folder), data=str(store_folder), out=str(tmp_path / "cut"), asked=ask_prune())
+    assert json.loads((result.out / "shearling.json").read_text())["method"] == "activation"
+    assert any(note.startswith("method activation: the budget is 4 steps") for note in result.notes)
