@@ -1,7 +1,7 @@
 """A model's sizes in Hugging Face's terms, and what a target shape may be."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shearling.axes.axis import Dim

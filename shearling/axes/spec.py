@@ -64,7 +64,7 @@ class Normalisation:
 class LayerRule:
     """How a per-layer list of the config is made when the config doesn't spell it out.
 
-    Entry i is `above` where `flag` is true and i >= config[start], else `below`; all are `below` where `window` is null.
+    Entry i is `above` where `flag` is true and i >= config[start], else `below`; all are `below` if `window` is null.
     """
 
     key: str

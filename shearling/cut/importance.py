@@ -5,7 +5,7 @@ Like Minitron (arXiv 2407.14679, section 2.2), but each unit's activation is wei
 Layers by block influence (ShortGPT, arXiv 2403.03853, eq. 1).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ def _watch(model: nn.Module, family: Family, sizes: dict[str, int], seen: _Colle
 
 
 def _hidden_scores(
-    family: Family, sizes: dict[str, int], energy: dict[str, Tensor], weights: dict[str, Tensor], tied: bool
+    family: Family, sizes: dict[str, int], energy: dict[str, Tensor], weights: Mapping[str, Tensor], tied: bool
 ) -> Tensor:
     """Each norm's view of a channel: its energy there, by the norm's weight, by all the weights that read it.
 
@@ -149,7 +149,7 @@ def _hidden_scores(
 
 
 def _inner_scores(
-    row: Row, sizes: dict[str, int], seen: _Collector, weights: dict[str, Tensor], scores: dict[str, Tensor]
+    row: Row, sizes: dict[str, int], seen: _Collector, weights: Mapping[str, Tensor], scores: dict[str, Tensor]
 ) -> None:
     """Mean square of what comes in at each column, by the column's norm, summed onto each axis it is built from."""
     for layer in range(sizes["layer"]):

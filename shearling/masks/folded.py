@@ -88,7 +88,7 @@ class MaskedNorm(nn.Module):
         super().__init__()
         self.plain = (norm,)
         self.eps_attribute, self.source_eps = eps_attribute, getattr(norm, eps_attribute)
-        self.weight = norm.weight
+        self.weight = norm.get_parameter("weight")
         self.scale = scale
         setattr(norm, eps_attribute, eps)
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.session import Session, Watch, unwatched
-from shearling.verbs.source import Source
+from shearling.verbs.source import ORIGIN, Source
 from shearling.weights.checkpoint import fingerprint
 from shearling.weights.folder import carry
 from shearling.weights.model import load_model, reader, save_model
@@ -71,7 +71,7 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
         log.info(note)
     source.check_finite()
     with stage as folder:
-        return _prune(source, target, notes, session, asked, folder, stage.out, watch)
+        return Pruning(source, target, session, asked, notes, folder, stage.out).run(watch)
 
 
 def open_target(model: str, asked: Prune) -> tuple[Source, Shape, tuple[str, ...]]:
@@ -88,151 +88,130 @@ def _choose(asked: Prune, steps: int) -> tuple[Prune, str]:
     return asked.model_copy(update={"method": method}), note
 
 
-def _prune(
-    source: Source,
-    target: Shape,
-    notes: tuple[str, ...],
-    session: Session,
-    asked: Prune,
-    folder: Path,
-    out: Path,
-    watch: Watch,
-) -> Pruned:
-    record = Record(folder / "record.jsonl")
-    record.write("prune", target=dict(target), method=asked.method, versions=versions(), **session.describe())
-    model = load_model(source.folder, device=session.device)
-    before = session.losses(model)
-    record.write("held_out", step=0, of="source", losses=before)
-    importance = measure(
-        model,
-        source.family,
-        sizes=source.shape.axes,
-        batches=session.feed.calibration(asked.calibration_windows),
-        tied=source.tied,
-    )
-    misses, flops, read = (), 0.0, source.read
-    if asked.method == "masks" and target != source.shape:
-        cut, misses = _learn(model, source, target, importance, session, asked, record, watch)
-        flops, read = session.flops(source, source.shape), reader(model)
-    else:
-        cut = _score(source, target, importance)
-        del model
-    record.write("cut", kept=cut.kept.to_json(), misses=list(misses))
-    config = _save(source, cut, read, asked, folder)
-    after = session.losses(load_model(folder, device=session.device))
-    record.write("held_out", step=session.settings.steps, of="cut", losses=after)
-    result = Pruned(
-        out=out,
-        source_parameters=source.parameters,
-        parameters=parameters(source.family, config),
-        source_losses=before,
-        losses=after,
-        flops=flops,
-        misses=misses,
-        notes=notes,
-    )
-    _write_origin(folder, source, target, cut.kept, asked, result)
-    return result
+@dataclass(frozen=True)
+class Pruning:
+    """One prune under way in the stage's `folder`, everything settled."""
 
+    source: Source
+    target: Shape
+    session: Session
+    asked: Prune
+    notes: tuple[str, ...]
+    folder: Path
+    out: Path
 
-def _score(source: Source, target: Shape, importance: Importance) -> Cut:
-    """The cut that one-shot scores choose, its norms' energy made good."""
-    scores = {axis: score.tolist() for axis, score in importance.scores.items()}
-    kept = select(scores, source=source.shape, target=target)
-    return Cut(source.family, source.config, target, kept, norm_scales=importance.norm_scales(kept))
+    def run(self, watch: Watch) -> Pruned:
+        """Scores, perhaps learned masks, the cut, and the losses before and after."""
+        source, session, record = self.source, self.session, Record(self.folder / "record.jsonl")
+        chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
+        record.write("prune", **chosen, versions=versions(), **session.describe())
+        model = load_model(source.folder, device=session.device)
+        before = session.losses(model)
+        record.write("held_out", step=0, of="source", losses=before)
+        calibration = session.feed.calibration(self.asked.calibration_windows)
+        importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
+        misses, flops, read = (), 0.0, source.read
+        if self.asked.method == "masks" and self.target != source.shape:
+            cut, misses = self.learn(model, importance, record, watch)
+            flops, read = session.flops(source, source.shape), reader(model)
+        else:
+            cut = self.score(importance)
+            del model
+        record.write("cut", kept=cut.kept.to_json(), misses=list(misses))
+        config = self.save(cut, read)
+        after = session.losses(load_model(self.folder, device=session.device))
+        record.write("held_out", step=session.settings.steps, of="cut", losses=after)
+        result = Pruned(
+            out=self.out,
+            source_parameters=source.parameters,
+            parameters=parameters(source.family, config),
+            source_losses=before,
+            losses=after,
+            flops=flops,
+            misses=misses,
+            notes=self.notes,
+        )
+        self.write_origin(cut.kept, result)
+        return result
 
+    def score(self, importance: Importance) -> Cut:
+        """The cut that one-shot scores choose, its norms' energy made good."""
+        scores = {axis: score.tolist() for axis, score in importance.scores.items()}
+        kept = select(scores, source=self.source.shape, target=self.target)
+        scales = importance.norm_scales(kept)
+        return Cut(self.source.family, self.source.config, self.target, kept, norm_scales=scales)
 
-def _learn(
-    model: Any,
-    source: Source,
-    target: Shape,
-    importance: Importance,
-    session: Session,
-    asked: Prune,
-    record: Record,
-    watch: Watch,
-) -> tuple[Cut, tuple[str, ...]]:
-    """Trains masks and weights together; the model ends as its own modules with the trained weights."""
-    gates = make_gates(
-        source.shape,
-        target,
-        scores=importance.scores,
-        options=asked.masks,
-        steps=session.settings.steps,
-        seed=asked.seed,
-    ).to(session.device)
-    attached = Attached(model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied)
-    term = LearnedMasks(attached, gates)
-    session.prepare(model, asked)
-    optimizers = [adamw(model.parameters(), lr=session.lr), *gates.optimizers()]
+    def learn(self, model: Any, importance: Importance, record: Record, watch: Watch) -> tuple[Cut, tuple[str, ...]]:
+        """Trains masks and weights together; the model ends as its own modules with the trained weights."""
+        source, session, steps = self.source, self.session, self.session.settings.steps
+        options, seed = self.asked.masks, self.asked.seed
+        gates = make_gates(
+            source.shape, self.target, scores=importance.scores, options=options, steps=steps, seed=seed
+        ).to(session.device)
+        attached = Attached(model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied)
+        term = LearnedMasks(attached, gates)
+        session.prepare(model, self.asked)
 
-    def held_out() -> dict[str, float]:
-        term.settle()
-        return session.losses(model)
+        def held_out() -> dict[str, float]:
+            term.settle()
+            return session.losses(model)
 
-    train(
-        model,
-        settings=session.settings,
-        state=session.state(),
-        draw=session.feed.draw,
-        optimizers=optimizers,
-        terms=[term],
-        evaluate=held_out,
-        log=record.write,
-        on_step=watch("learning masks", session.settings.steps),
-    )
-    kept = gates.kept()
-    misses = tuple(str(miss) for miss in gates.misses(kept))
-    for miss in misses:
-        log.warning("off target before the cut: %s", miss)
-    masks = {axis: mask.cpu() for axis, mask in term.settle().items()}
-    record.write("held_out", step=session.settings.steps, of="masked", losses=session.losses(model))
-    record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
-    attached.remove()
-    return Cut(source.family, source.config, target, kept, masks=masks), misses
+        train(
+            model,
+            settings=session.settings,
+            state=session.state(),
+            draw=session.feed.draw,
+            optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
+            terms=[term],
+            evaluate=held_out,
+            log=record.write,
+            on_step=watch("learning masks", steps),
+        )
+        kept = gates.kept()
+        misses = tuple(str(miss) for miss in gates.misses(kept))
+        for miss in misses:
+            log.warning("off target before the cut: %s", miss)
+        masks = {axis: mask.cpu() for axis, mask in term.settle().items()}
+        record.write("held_out", step=steps, of="masked", losses=session.losses(model))
+        record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
+        attached.remove()
+        return Cut(source.family, source.config, self.target, kept, masks=masks), misses
 
+    def save(self, cut: Cut, read: Read) -> dict[str, Any]:
+        """The cut as a model folder; gives its config."""
+        source = self.source
+        dtype = getattr(torch, self.asked.dtype) if self.asked.dtype else source.dtype
+        name = str(dtype).removeprefix("torch.")
+        config = config_at(source.family, source.config, cut.shape, layers=cut.kept.layers, dtype=name)
+        save_model(
+            self.folder,
+            family=source.family,
+            config=config,
+            layers=cut.shape["num_hidden_layers"],
+            dtype=dtype,
+            shape_of=cut.size,
+            tensor=lambda row, layer: cut.tensor(row, layer, read),
+        )
+        carry(source.folder, self.folder)
+        return config
 
-def _save(source: Source, cut: Cut, read: Read, asked: Prune, folder: Path) -> dict[str, Any]:
-    """The cut as a model folder; gives its config."""
-    dtype = getattr(torch, asked.dtype) if asked.dtype else source.dtype
-    name = str(dtype).removeprefix("torch.")
-    config = config_at(source.family, source.config, cut.shape, layers=cut.kept.layers, dtype=name)
-    save_model(
-        folder,
-        family=source.family,
-        config=config,
-        layers=cut.shape["num_hidden_layers"],
-        dtype=dtype,
-        shape_of=cut.size,
-        tensor=lambda row, layer: cut.tensor(row, layer, read),
-    )
-    carry(source.folder, folder)
-    return config
-
-
-def _write_origin(folder: Path, source: Source, target: Shape, kept: Kept, asked: Prune, result: Pruned) -> None:
-    """shearling.json: where the model comes from, for teachers, references and reports."""
-    origin = {
-        "format": "shearling-model",
-        "version": 1,
-        "source": {"name": source.name, "fingerprint": fingerprint(source.folder), "shape": dict(source.shape)},
-        "shape": dict(target),
-        "kept": kept.to_json(),
-        "method": asked.method,
-        "pruned": {
-            "source_losses": dict(result.source_losses),
-            "losses": dict(result.losses),
-            "source_parameters": result.source_parameters,
-            "parameters": result.parameters,
-            "flops": result.flops,
-            "misses": list(result.misses),
-            "notes": list(result.notes),
-        },
-    }
-    (folder / "shearling.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    def write_origin(self, kept: Kept, result: Pruned) -> None:
+        """shearling.json: where the model comes from, for teachers, references and reports."""
+        source = {"name": self.source.name, "fingerprint": fingerprint(self.source.folder)}
+        figures = {field.name: getattr(result, field.name) for field in fields(Pruned)}
+        origin = {
+            "format": "shearling-model",
+            "version": 1,
+            "source": {**source, "shape": dict(self.source.shape)},
+            "shape": dict(self.target),
+            "kept": kept.to_json(),
+            "method": self.asked.method,
+            "pruned": {key: value for key, value in figures.items() if key not in ("out", "done_before")},
+        }
+        (self.folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_back(out: Path) -> Pruned:
-    pruned = json.loads((out / "shearling.json").read_text(encoding="utf-8"))["pruned"]
-    lists = {key: tuple(pruned.pop(key)) for key in ("misses", "notes")}
-    return Pruned(out=out, done_before=True, **pruned, **lists)
+    pruned = json.loads((out / ORIGIN).read_text(encoding="utf-8"))["pruned"]
+    misses, notes = tuple(pruned.pop("misses")), tuple(pruned.pop("notes"))
+    return Pruned(out=out, done_before=True, misses=misses, notes=notes, **pruned)

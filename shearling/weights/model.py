@@ -30,9 +30,10 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     for key in config.to_dict():
         if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
             setattr(config, key, 0.0)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
     )
+    model, report = loaded
     stray = sorted([*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
     if stray:
         raise UserError(

@@ -70,7 +70,9 @@ def flags(family: Family) -> dict[str, bool]:
 
 @pytest.mark.parametrize(("family", "model_type"), TYPES)
 def test_the_table_is_the_default_model(family: Family, model_type: str) -> None:
-    assert_table_is_model(family, {**AutoConfig.for_model(model_type).to_dict(), "num_hidden_layers": 2, "layer_types": None})
+    assert_table_is_model(
+        family, {**AutoConfig.for_model(model_type).to_dict(), "num_hidden_layers": 2, "layer_types": None}
+    )
 
 
 @pytest.mark.parametrize("biased", [False, True])

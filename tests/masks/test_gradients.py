@@ -1,4 +1,4 @@
-"""Gradients of weights, masks and multipliers, against a reference of its own: float64, masks on activations, own norms."""
+"""Gradients of weights, masks and multipliers, against a float64 reference: masks on activations, norms of its own."""
 
 from typing import Any
 

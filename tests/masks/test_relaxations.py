@@ -1,6 +1,7 @@
 """Gates: their values, their constraint, and what they come to at the end."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_soft_topk_sums_to_k_in_the_scores_order(scores: list[float], share: flo
     z = soft_topk(torch.tensor(scores, dtype=torch.float64), k=k, temperature=temperature)
     assert float(z.sum()) == pytest.approx(k, abs=1e-6)
     order = sorted(range(len(scores)), key=scores.__getitem__)
-    assert all(z[a] <= z[b] + 1e-12 for a, b in zip(order, order[1:], strict=False))
+    assert all(z[a] <= z[b] + 1e-12 for a, b in pairwise(order))
 
 
 @pytest.mark.parametrize("options", [Options(), Options(relaxation="hard_concrete"), PAPER, Options(start="open")])
