@@ -87,10 +87,10 @@ def measure(
     return Importance(scores, energy)
 
 
-def _norms(family: Family, sizes: dict[str, int]) -> dict[str, Row]:
-    """The norms over the hidden axis, by their names on the module."""
+def _norms(family: Family, sizes: dict[str, int]) -> dict[str, tuple[Row, int | None]]:
+    """The norms over the hidden axis, each with its layer, by their names on the module."""
     return {
-        row.at(layer): row
+        row.at(layer): (row, layer)
         for row in family.role("norm")
         if row.dims[0].axes() == ("hidden",)
         for layer in (range(sizes["layer"]) if row.per_layer else (None,))
@@ -136,8 +136,7 @@ def _hidden_scores(
     Norms count alike, whatever the size of what reads them.
     """
     total = torch.zeros(sizes["hidden"], dtype=torch.float64)
-    for name, row in _norms(family, sizes).items():
-        layer = int(name.removeprefix(row.name.partition("*")[0]).partition(".")[0]) if row.per_layer else None
+    for name, (row, layer) in _norms(family, sizes).items():
         effective = weights[name].double().cpu() + family.norms.offset
         outgoing = torch.zeros_like(total)
         for reader in family.readers(row.name):
