@@ -222,7 +222,15 @@ def test_ctrl_c_leaves_nothing_and_the_same_command_then_completes(workplace, st
     words = ["prune", "model", "--to", "hidden_size=24", "--method", "masks", "--data", "store", "--out", "small"]
     words += ["--steps", 200, "--seq-len", 16, "--batch-tokens", 64, "--json"]
     record = workplace / "small.partial" / "record.jsonl"
-    with subprocess.Popen(command(*words), cwd=workplace, env=ENV, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command(*words),
+        cwd=workplace,
+        env=ENV,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
         while not (record.is_file() and '"event": "step"' in record.read_text()):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 pytest.fail(f"it ended with {process.wait(0.05)}")
