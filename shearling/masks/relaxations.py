@@ -34,7 +34,7 @@ class HardConcreteGates(Gates):
         self.slide, self.options, self.seed = slide, options, seed
         zeros = {axis: torch.zeros(self.location[axis].shape[:-1]) for axis in self.axes}
         self.linear = nn.ParameterDict({axis: nn.Parameter(zero.clone()) for axis, zero in zeros.items()})
-        self.quadratic = nn.ParameterDict({axis: nn.Parameter(zero.clone()) for axis, zero in zeros.items()})
+        self.quadratic = nn.ParameterDict({a: nn.Parameter(zero + options.quadratic) for a, zero in zeros.items()})
 
     def log_alpha(self, axis: str) -> Tensor:
         """At the bottom where closed: no gradient gets there."""
@@ -79,7 +79,7 @@ class HardConcreteGates(Gates):
         multipliers = {"params": [*self.linear.values(), *self.quadratic.values()], "peak_lr": o.multiplier_lr}
         ascend = partial(AdamW, weight_decay=0.0) if o.ascent == "adamw" else partial(SGD, lr=o.multiplier_lr)
         climbing = ascend([{**multipliers, "clip": False}], maximize=True)
-        return [_adamw(self.location, o.lr), climbing]
+        return [_adamw(self.location, o.rate), climbing]
 
     def soft_values(self, axis: str) -> Tensor:
         return hard_concrete.soft_value(self.log_alpha(axis))
@@ -140,7 +140,7 @@ class SoftTopKGates(Gates):
         return None
 
     def optimizers(self) -> list[Optimizer]:
-        return [_adamw(self.location, self.options.lr)]
+        return [_adamw(self.location, self.options.rate)]
 
     def soft_values(self, axis: str) -> Tensor:
         return self.values(axis, self.steps - 1)

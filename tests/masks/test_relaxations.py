@@ -142,3 +142,25 @@ def test_the_paper_s_gates() -> None:
     moving, climbing = gates.optimizers()
     assert [g["peak_lr"] for o in (moving, climbing) for g in o.param_groups] == [1.0, 1.0]
     assert climbing.param_groups[0]["maximize"]
+
+
+def test_the_lagrangian_settles_on_its_target_in_a_short_run() -> None:
+    """Every open entry is worth something to the loss, and still the sizes come to the target instead of swinging."""
+    steps = 100
+    gates = gates_of(Options(relaxation="hard_concrete"), steps=steps)
+    optimizers = gates.optimizers()
+    for step in range(steps):
+        worth = sum(mask.mean() for mask in gates.draw(step).values())
+        penalty_now = gates.penalty(step)
+        assert penalty_now is not None
+        (penalty_now - worth).backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"]
+            optimizer.step()
+            optimizer.zero_grad()
+        gates.end(step)
+    for axis in gates.axes:
+        expected = gates.expected(axis, steps - 1) / gates.source.axes[axis]
+        wanted = gates.target.axes[axis] / gates.source.axes[axis]
+        assert float((expected.detach() - wanted).abs().max()) < 0.05, axis
