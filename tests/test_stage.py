@@ -224,13 +224,16 @@ def test_links_are_emptied_without_following_them(tmp_path):
     assert (tmp_path / "precious" / "file").read_text() == "kept"
 
 
-def test_what_leaves_nothing_to_go_on_from_leaves_nothing(tmp_path):
-    stage = Stage(tmp_path / "out", IDENTITY, discard=UserError)
-    with pytest.raises(KeyError), stage as folder:
-        (folder / "half").write_text("done")
-        raise KeyError
-    assert (tmp_path / "out.partial" / "half").is_file()
-    with pytest.raises(UserError), stage as folder:
-        (folder / "half").write_text("done")
-        raise UserError("x", found="a", expected="b", change="c")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("error", "left"), [(KeyError("x"), True), (UserError("x", found="a", expected="b", change="c"), False)]
+)
+def test_what_leaves_nothing_to_go_on_from_leaves_nothing(tmp_path, error, left):
+    def work():
+        with Stage(tmp_path / "out", IDENTITY, discard=UserError) as folder:
+            (folder / "half").write_text("done")
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
+    assert (tmp_path / "out.partial" / "half").is_file() == left
+    assert list(tmp_path.iterdir()) == ([tmp_path / "out.partial"] if left else [])

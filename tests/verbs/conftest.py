@@ -14,9 +14,9 @@ from shearling.recipe import Data, Heal, Prune, validated
 from shearling.verbs.data import make_store
 
 WORDS = {
-    "code": "def return if else for in x y z + = ( ) : None True import self list dict range".split(),
-    "prose": "the sheep was shorn in spring and its wool went to the mill by the river where a dog sat".split(),
-    "sums": "one two three four five six seven eight nine ten plus minus times is equal to zero".split(),
+    "code": "def return if else for in x y z + = ( ) : None True import self list dict range",
+    "prose": "the sheep was shorn in spring and its wool went to the mill by the river where a dog sat",
+    "sums": "one two three four five six seven eight nine ten plus minus times is equal to zero",
 }
 SPARE_ROWS = 4
 TARGET = {
@@ -41,7 +41,7 @@ def one_thread():
 def texts() -> dict[str, list[str]]:
     """Documents by domain."""
     draw = random.Random(0)
-    return {domain: [" ".join(draw.choices(words, k=60)) for _ in range(24)] for domain, words in WORDS.items()}
+    return {domain: [" ".join(draw.choices(words.split(), k=60)) for _ in range(24)] for domain, words in WORDS.items()}
 
 
 @pytest.fixture(scope="session")
