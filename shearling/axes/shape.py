@@ -1,7 +1,8 @@
 """A model's sizes in Hugging Face's terms, and what a target shape may be."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shearling.axes.axis import Dim
@@ -112,16 +113,21 @@ def resolve_target(family: Family, source: Shape, wanted: Mapping[str, int]) -> 
 
     Raises UserError, naming the nearest valid values, for sizes that can't be cut to: all of them at once.
     """
-    notes: list[str] = []
-    sizes = {**source, **wanted}
-    if source.axes["group"] == 1 and "num_attention_heads" in wanted and "num_key_value_heads" not in wanted:
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-        notes.append(f"num_key_value_heads follows num_attention_heads: {sizes['num_attention_heads']}")
-    errors = [error for key in wanted for error in _out_of_range(key, sizes[key], source[key])]
-    if not errors:
-        errors = [*_grouping(sizes, source), *(e for rule in family.divides for e in _indivisible(rule, sizes, source))]
-    raise_all(errors)
+    raise_all([error for key in wanted for error in _out_of_range(key, wanted[key], source[key])])
+    sizes = _filled(source, wanted)
+    rules = list(_rules(family, source))
+    raise_all([_broken(rule, rules, source, wanted) for rule in rules if not rule.holds(sizes)])
+    follows = sizes["num_key_value_heads"] != {**source, **wanted}["num_key_value_heads"]
+    notes = [f"num_key_value_heads follows num_attention_heads: {sizes['num_attention_heads']}"] if follows else []
     return Shape(sizes), notes
+
+
+def _filled(source: Shape, wanted: Mapping[str, int]) -> dict[str, int]:
+    """All sizes. Where each head has a kv head of its own, and nothing is said of them, kv heads follow the heads."""
+    sizes = {**source, **wanted}
+    if source.axes["group"] == 1 and "num_key_value_heads" not in wanted:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    return sizes
 
 
 def _out_of_range(key: str, value: int, size: int) -> Iterator[UserError]:
@@ -133,33 +139,55 @@ def _out_of_range(key: str, value: int, size: int) -> Iterator[UserError]:
         yield UserError(f"target {key}", found=value, expected=f"{size}, the source's", change=UNCUT[key])
 
 
-def _grouping(sizes: Mapping[str, int], source: Shape) -> Iterator[UserError]:
-    """Heads share kv heads evenly, and no kv head gets more of them than it has."""
-    heads, kv_heads, most = sizes["num_attention_heads"], sizes["num_key_value_heads"], source.axes["group"]
-    if heads % kv_heads == 0 and heads // kv_heads <= most:
-        return
-    valid = [kv_heads * group for group in range(1, most + 1)]
-    others = [kv for kv in range(1, source["num_key_value_heads"] + 1) if heads % kv == 0 and heads // kv <= most]
-    instead = f", or num_key_value_heads={_closest(kv_heads, others)}" if others else ""
-    yield UserError(
-        "target num_attention_heads",
-        found=f"{heads} on num_key_value_heads={kv_heads}",
-        expected=f"1 to {most} heads for each kv head, the same for all",
-        change=f"choose num_attention_heads={_closest(heads, valid)}{instead}",
-    )
+@dataclass(frozen=True)
+class _Rule:
+    """What two of a target's sizes must satisfy together."""
+
+    keys: tuple[str, str]
+    joint: str
+    expected: str
+    holds: Callable[[Mapping[str, int]], bool]
 
 
-def _indivisible(rule: str, sizes: Mapping[str, int], source: Shape) -> Iterator[UserError]:
-    above, below = (word.strip() for word in rule.split("%"))
-    if sizes[above] % sizes[below] == 0 or all(sizes[key] == source[key] for key in (above, below)):
-        return
-    valid = list(range(sizes[below], source[above] + 1, sizes[below]))
-    others = [n for n in range(1, source[below] + 1) if sizes[above] % n == 0]
-    yield UserError(
+def _rules(family: Family, source: Shape) -> Iterator[_Rule]:
+    """Heads share kv heads evenly, no kv head gets more than it has; and what the family's config insists on."""
+    most = source.axes["group"]
+
+    def shared_evenly(sizes: Mapping[str, int]) -> bool:
+        group, left_over = divmod(sizes["num_attention_heads"], sizes["num_key_value_heads"])
+        return left_over == 0 and group <= most
+
+    expected = f"1 to {most} heads for each kv head, the same for all"
+    yield _Rule(("num_attention_heads", "num_key_value_heads"), "on", expected, shared_evenly)
+    for rule in family.divides:
+        yield _divides(*(word.strip() for word in rule.split("%")), source=source)
+
+
+def _divides(above: str, below: str, *, source: Shape) -> _Rule:
+    def holds(sizes: Mapping[str, int]) -> bool:
+        return sizes[above] % sizes[below] == 0 or all(sizes[key] == source[key] for key in (above, below))
+
+    return _Rule((above, below), "with", f"a multiple of {below}, which transformers' config insists on", holds)
+
+
+def _broken(rule: _Rule, rules: Sequence[_Rule], source: Shape, wanted: Mapping[str, int]) -> UserError:
+    """The error for a rule that doesn't hold, with the changes of one size that mend everything, or else this rule."""
+    sizes = _filled(source, wanted)
+
+    def mended(key: str, rules: Sequence[_Rule]) -> str:
+        tried = ((value, _filled(source, {**wanted, key: value})) for value in range(1, source[key] + 1))
+        valid = [value for value, found in tried if all(each.holds(found) for each in rules)]
+        return f"{key}={_closest(sizes[key], valid)}" if valid else ""
+
+    changes = [mended(key, rules) for key in rule.keys]
+    if not any(changes):
+        changes = [mended(key, [rule]) for key in rule.keys]
+    above, below = rule.keys
+    return UserError(
         f"target {above}",
-        found=f"{sizes[above]} with {below}={sizes[below]}",
-        expected=f"a multiple of {below}, which transformers' config insists on",
-        change=f"choose {above}={_closest(sizes[above], valid)}, or {below}={_closest(sizes[below], others)}",
+        found=f"{sizes[above]} {rule.joint} {below}={sizes[below]}",
+        expected=rule.expected,
+        change="choose " + ", or ".join(filter(None, changes)),
     )
 
 
@@ -167,4 +195,4 @@ def _closest(value: int, valid: list[int]) -> str:
     """The valid values next to `value`, below and above."""
     below = [n for n in valid if n < value][-1:]
     above = [n for n in valid if n > value][:1]
-    return " or ".join(map(str, below + above)) or "none"
+    return " or ".join(map(str, below + above))
