@@ -111,9 +111,8 @@ def cut_to(source: Source, out: Path) -> None:
         out,
         family=source.family,
         config=config_at(source.family, source.config, target, layers=kept.layers, dtype="bfloat16"),
-        layers=target["num_hidden_layers"],
+        shape=target,
         dtype=torch.bfloat16,
-        shape_of=cut.size,
         tensor=tensor,
     )
 

@@ -136,11 +136,11 @@ def prune(
 
     masks = _given(relaxation=relaxation, start=start, lr=mask_lr)
     training = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
+    training |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile)
     base = dict(PAPER_PRUNE) if paper else {}
     if steps is not None:
         base.pop("tokens", None)
-    asked = {**base, **training, "to": to, "method": method, "seed": seed, "autocast": autocast, "compile": compile}
-    asked |= _given(dtype=dtype) | {"activation_checkpointing": activation_checkpointing}
+    asked = {**base, **training, "activation_checkpointing": activation_checkpointing, "to": to, "method": method}
     asked["masks"] = {**base.get("masks", {}), **masks}
     section = validated(Prune, asked)
 
@@ -183,8 +183,8 @@ def heal(
     from shearling.recipe import Heal, validated
 
     asked = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    asked |= _given(dtype=dtype) | {"activation_checkpointing": activation_checkpointing}
-    asked |= {"seed": seed, "autocast": autocast, "compile": compile}
+    asked |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile)
+    asked["activation_checkpointing"] = activation_checkpointing
     section = validated(Heal, asked)
 
     from shearling.verbs.heal import heal

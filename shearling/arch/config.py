@@ -41,3 +41,8 @@ def layer_list(family: Family, config: Mapping[str, Any], rule: LayerRule) -> li
         return None
     start = family.setting(config, rule.start)
     return [rule.above if layer >= start else rule.below for layer in range(config["num_hidden_layers"])]
+
+
+def max_positions(config: Mapping[str, Any]) -> int:
+    """The longest sequence, in tokens, that a model was made for; 2,048 where its config doesn't say."""
+    return int(config.get("max_position_embeddings") or 2048)

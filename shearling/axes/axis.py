@@ -70,6 +70,11 @@ def _extent(factor: str | int, sizes: Mapping[str, int]) -> int:
     return factor if isinstance(factor, int) else sizes[factor]
 
 
+def is_per_layer(axis: str) -> bool:
+    """Whether a layer's tensors see one layer's part of the axis's mask: entry `layer` of its first dimension."""
+    return axis == "layer" or "layer" in AXES[axis].within
+
+
 def mask_shape(axis: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of a mask along `axis`: [*within, size]."""
     return (*(sizes[outer] for outer in AXES[axis].within), sizes[axis])

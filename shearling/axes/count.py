@@ -17,7 +17,7 @@ Probabilities = Mapping[str, Sequence[Any]]
 
 def entries(tensor: Tensor, sizes: Mapping[str, int]) -> int:
     """Parameters in one row of the table, over all layers."""
-    return prod(dim.size(sizes) for dim in tensor.dims) * (sizes["layer"] if tensor.per_layer else 1)
+    return prod(tensor.shape(sizes)) * (sizes["layer"] if tensor.per_layer else 1)
 
 
 def parameters(family: Family, config: Mapping[str, Any], shape: Shape | None = None) -> int:

@@ -38,6 +38,10 @@ class Tensor:
     def per_layer(self) -> bool:
         return "*" in self.name
 
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its size along each dim, where `sizes` has each axis's."""
+        return tuple(dim.size(sizes) for dim in self.dims)
+
     def at(self, layer: int | None) -> str:
         """The name on the module, for one layer."""
         return self.name.replace("*", str(layer))

@@ -32,10 +32,6 @@ class Cut:
         """The result's parameters, each with its layer in the result."""
         return named(self.family.present(self.config), self.shape["num_hidden_layers"])
 
-    def size(self, row: Row) -> tuple[int, ...]:
-        """A result tensor's shape."""
-        return tuple(dim.size(self.shape.axes) for dim in row.dims)
-
     def tensor(self, row: Row, layer: int | None, read: Read) -> Tensor:
         """One tensor of the result. A row that nothing is cut from or folded into comes back bit for bit."""
         source_layer = None if layer is None else self.kept.layers[layer]
@@ -47,5 +43,5 @@ class Cut:
         if scale is not None:
             offset = self.family.norms.offset
             weight = scale * (weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset) - offset
-        assert tuple(weight.shape) == self.size(row), (row.name, weight.shape, self.size(row))
+        assert tuple(weight.shape) == row.shape(self.shape.axes), (row.name, weight.shape)
         return weight

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shearling.axes.axis import AXES
+from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor
 from shearling.axes.index import Kept, positions
 from shearling.axes.spec import Tensor as Row
@@ -48,7 +48,7 @@ def fold_factors(
 def _along(row: Row, factor: Factor, kept: Kept, mask: Tensor, layer: int | None) -> Tensor:
     """A mask's kept values along one dim of the cut: [entries], or [] for a factor on all of the tensor."""
     mask = mask.cpu()
-    if factor.axis == "layer" or "layer" in AXES[factor.axis].within:
+    if is_per_layer(factor.axis):
         assert layer is not None
         mask = mask[layer]
     if factor.dim is None:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from shearling.axes.axis import AXES
+from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor, factors
 from shearling.axes.index import positions
 from shearling.axes.spec import Family
@@ -63,14 +63,14 @@ class Attached:
         parent = self.model.get_submodule(path.rpartition(".")[0])
         plain = self.model.get_submodule(path)
         masked: nn.Module
-        if row.role == "write":
-            masked = MaskedLinear(
-                cast(nn.Linear, plain), self._vector(row, found, 0, layer), self._vector(row, found, 1, layer)
-            )
-        elif row.role == "embed":
+        if any(factor.output for factor in found):
             column = self._vector(row, found, 1, layer)
             assert column is not None
             masked = MaskedEmbedding(cast(nn.Embedding, plain), column)
+        elif all(factor.part == "soft" for factor in found):
+            masked = MaskedLinear(
+                cast(nn.Linear, plain), self._vector(row, found, 0, layer), self._vector(row, found, 1, layer)
+            )
         else:
             eps = float(getattr(plain, family.norms.eps_attribute))
             eps_tensor = self._eps.setdefault(eps, torch.tensor(eps, device=self.device))
@@ -92,7 +92,7 @@ class Attached:
         return self._vectors[key].leaf
 
     def _part(self, row: Row, factor: Factor, layer: int | None) -> tuple[str, int | None, Tensor | None]:
-        chosen = layer if factor.axis == "layer" or "layer" in AXES[factor.axis].within else None
+        chosen = layer if is_per_layer(factor.axis) else None
         if factor.dim is None:
             return factor.axis, chosen, None
         where = positions(row.dims[factor.dim], factor.axis, self.sizes)

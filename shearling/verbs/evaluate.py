@@ -38,7 +38,7 @@ def evaluate(
     source = Source.open(model, dtype=dtype)
     store = Store.open(Path(data))
     source.check_store(store)
-    seq_len = seq_len or min(2048, source.max_positions())
+    seq_len = seq_len or source.seq_len()
     sequences = max(1, FORWARD_TOKENS // seq_len)
     feed = Feed(store, by_size(store), seq_len, sequences, seed=0)
     loaded = load_model(source.folder, dtype=getattr(torch, dtype or "float32"), device=device)

@@ -4,9 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from shearling.data.store import Store
 from shearling.recipe import Heal
@@ -15,10 +12,8 @@ from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.session import Session, Watch, unwatched
-from shearling.verbs.source import ORIGIN, Source
-from shearling.weights.checkpoint import fingerprint
-from shearling.weights.folder import carry
-from shearling.weights.model import load_model, reader, save_model
+from shearling.verbs.source import ORIGIN, Source, figures, write_origin
+from shearling.weights.model import load_model, reader
 
 TOKENS_PER_PARAMETER = 20  # about what a model of this size can use (Hoffmann et al. 2022, arXiv 2203.15556)
 
@@ -41,7 +36,7 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
     source = Source.open(model, dtype=asked.dtype)
     store = Store.open(Path(data))
     session = Session.plan(asked, source, store, default_tokens=TOKENS_PER_PARAMETER * source.parameters)
-    identity = {"verb": "heal", "model": fingerprint(source.folder), "data": store.digest}
+    identity = {"verb": "heal", "model": source.fingerprint, "data": store.digest}
     stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json")})
     if stage.done:
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
@@ -70,7 +65,8 @@ def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path
     )
     after = session.losses(model)
     record.write("held_out", step=state.step, of="healed", losses=after)
-    _save(source, model, asked, folder)
+    layers = tuple(range(source.shape["num_hidden_layers"]))
+    source.save(folder, shape=source.shape, layers=layers, dtype=asked.dtype, tensor=reader(model))
     result = Healed(
         out=out,
         parameters=source.parameters,
@@ -79,31 +75,5 @@ def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path
         tokens=state.tokens,
         flops=session.flops(source, source.shape),
     )
-    origin = {**source.origin(), "healed": _plain(result)}
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    write_origin(folder, {**source.origin(), "healed": figures(result)})
     return result
-
-
-def _save(source: Source, model: Any, asked: Heal, folder: Path) -> None:
-    dtype = getattr(torch, asked.dtype) if asked.dtype else source.dtype
-    sizes = source.shape.axes
-    save_model(
-        folder,
-        family=source.family,
-        config=source.config_in(dtype),
-        layers=sizes["layer"],
-        dtype=dtype,
-        shape_of=lambda row: tuple(dim.size(sizes) for dim in row.dims),
-        tensor=reader(model),
-    )
-    carry(source.folder, folder)
-
-
-def _plain(result: Healed) -> dict[str, Any]:
-    return {
-        "parameters": result.parameters,
-        "losses_before": dict(result.losses_before),
-        "losses": dict(result.losses),
-        "tokens": result.tokens,
-        "flops": result.flops,
-    }

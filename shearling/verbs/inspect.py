@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from shearling.arch import family_of
+from shearling.arch.config import max_positions
 from shearling.axes.cost import memory_bytes
 from shearling.axes.count import cache_bytes_per_token, flops_per_token, parameters, parameters_by_group
 from shearling.axes.shape import shape_of
@@ -20,7 +21,7 @@ def inspect(model: str) -> dict[str, Any]:
     config = read_config(path)
     family = family_of(config)
     shape = shape_of(family, config)
-    context = int(config.get("max_position_embeddings") or 2048)
+    context = max_positions(config)
     return {
         "model": model,
         "family": family.name,

@@ -3,17 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from shearling.arch.config import config_at
 from shearling.axes.count import parameters
 from shearling.axes.index import Kept, select
 from shearling.axes.shape import Shape, resolve_target
-from shearling.cut.extract import Cut, Read
+from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
 from shearling.masks.attach import Attached
@@ -25,10 +22,8 @@ from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.session import Session, Watch, unwatched
-from shearling.verbs.source import ORIGIN, Source
-from shearling.weights.checkpoint import fingerprint
-from shearling.weights.folder import carry
-from shearling.weights.model import load_model, reader, save_model
+from shearling.verbs.source import ORIGIN, Source, figures, write_origin
+from shearling.weights.model import load_model, reader
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +58,7 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
-    identity = {"verb": "prune", "model": fingerprint(source.folder), "data": store.digest}
+    identity = {"verb": "prune", "model": source.fingerprint, "data": store.digest}
     stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json")})
     if stage.done:
         return _read_back(stage.out)
@@ -118,7 +113,13 @@ class Pruning:
             cut = self.score(importance)
             del model
         record.write("cut", kept=cut.kept.to_json(), misses=list(misses))
-        config = self.save(cut, read)
+        config = source.save(
+            self.folder,
+            shape=self.target,
+            layers=cut.kept.layers,
+            dtype=self.asked.dtype,
+            tensor=lambda row, layer: cut.tensor(row, layer, read),
+        )
         after = session.losses(load_model(self.folder, device=session.device))
         record.write("held_out", step=session.settings.steps, of="cut", losses=after)
         result = Pruned(
@@ -131,7 +132,7 @@ class Pruning:
             misses=misses,
             notes=self.notes,
         )
-        self.write_origin(cut.kept, result)
+        write_origin(self.folder, self.origin(cut.kept, result))
         return result
 
     def score(self, importance: Importance) -> Cut:
@@ -177,38 +178,18 @@ class Pruning:
         attached.remove()
         return Cut(source.family, source.config, self.target, kept, masks=masks), misses
 
-    def save(self, cut: Cut, read: Read) -> dict[str, Any]:
-        """The cut as a model folder; gives its config."""
-        source = self.source
-        dtype = getattr(torch, self.asked.dtype) if self.asked.dtype else source.dtype
-        name = str(dtype).removeprefix("torch.")
-        config = config_at(source.family, source.config, cut.shape, layers=cut.kept.layers, dtype=name)
-        save_model(
-            self.folder,
-            family=source.family,
-            config=config,
-            layers=cut.shape["num_hidden_layers"],
-            dtype=dtype,
-            shape_of=cut.size,
-            tensor=lambda row, layer: cut.tensor(row, layer, read),
-        )
-        carry(source.folder, self.folder)
-        return config
-
-    def write_origin(self, kept: Kept, result: Pruned) -> None:
-        """shearling.json: where the model comes from, for teachers, references and reports."""
-        source = {"name": self.source.name, "fingerprint": fingerprint(self.source.folder)}
-        figures = {field.name: getattr(result, field.name) for field in fields(Pruned)}
-        origin = {
+    def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
+        """What shearling.json says of the result."""
+        source = {"name": self.source.name, "fingerprint": self.source.fingerprint, "shape": dict(self.source.shape)}
+        return {
             "format": "shearling-model",
             "version": 1,
-            "source": {**source, "shape": dict(self.source.shape)},
+            "source": source,
             "shape": dict(self.target),
             "kept": kept.to_json(),
             "method": self.asked.method,
-            "pruned": {key: value for key, value in figures.items() if key not in ("out", "done_before")},
+            "pruned": figures(result),
         }
-        (self.folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_back(out: Path) -> Pruned:

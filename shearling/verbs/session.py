@@ -44,7 +44,7 @@ class Session:
         """Fills in what `asked` leaves open."""
         source.check_store(store)
         device = choose_device(asked.device)
-        seq_len = asked.seq_len or min(2048, source.max_positions())
+        seq_len = asked.seq_len or source.seq_len()
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
         batch_tokens = asked.batch_tokens or default_batch_tokens(source.parameters, tokens)
         sequences = max(1, round(batch_tokens / seq_len))

@@ -1,15 +1,16 @@
 """A model that a verb works on: its folder, and what its config and headers say, checked before anything is read."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shearling.arch import family_of
-from shearling.arch.config import config_at
+from shearling.arch.config import config_at, max_positions
 from shearling.axes.count import parameters
 from shearling.axes.shape import Shape, shape_of
 from shearling.axes.spec import Family
@@ -18,9 +19,10 @@ from shearling.data.store import Store
 from shearling.data.tokenise import fingerprint as tokenizer_fingerprint
 from shearling.data.tokenise import load_tokenizer
 from shearling.errors import UserError
-from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite
-from shearling.weights.folder import resolve
-from shearling.weights.header import DTYPES, FLOAT_DTYPES
+from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite, fingerprint
+from shearling.weights.folder import carry, resolve
+from shearling.weights.header import DTYPES
+from shearling.weights.model import save_model
 from shearling.weights.table import check_table
 
 ORIGIN = "shearling.json"
@@ -60,11 +62,8 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """What most of the weights are stored in, by bytes."""
-        sizes = dict.fromkeys(FLOAT_DTYPES, 0)
-        for info in self.checkpoint.tensors.values():
-            if info.dtype in sizes:
-                sizes[info.dtype] += info.nbytes
-        return getattr(torch, DTYPES[max(sizes, key=lambda code: sizes[code])][1])
+        nbytes = self.checkpoint.float_bytes()
+        return getattr(torch, DTYPES[max(nbytes, key=lambda code: nbytes[code])][1])
 
     def read(self, row: Row, layer: int | None) -> torch.Tensor:
         """One tensor of the table from disk, checked."""
@@ -83,15 +82,34 @@ class Source:
         path = self.folder / ORIGIN
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def config_in(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The config of the same model with its weights in another dtype."""
-        layers = tuple(range(self.shape["num_hidden_layers"]))
-        name = str(dtype).removeprefix("torch.")
-        return config_at(self.family, self.config, self.shape, layers=layers, dtype=name)
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of config and weights. Reads every byte, once."""
+        return fingerprint(self.folder)
 
-    def max_positions(self) -> int:
-        """The longest sequence that the model was made for."""
-        return int(self.config.get("max_position_embeddings") or 2048)
+    def seq_len(self) -> int:
+        """The window to read text in where nobody asks for another."""
+        return min(2048, max_positions(self.config))
+
+    def save(
+        self,
+        folder: Path,
+        *,
+        shape: Shape,
+        layers: tuple[int, ...],
+        dtype: str | None,
+        tensor: Callable[[Row, int | None], torch.Tensor],
+    ) -> dict[str, Any]:
+        """A model of this one's making as a model folder, in `dtype` or else the source's; gives its config.
+
+        `layers` are the source's that it has, `tensor` gives its rows.
+        """
+        chosen = getattr(torch, dtype) if dtype else self.dtype
+        name = str(chosen).removeprefix("torch.")
+        config = config_at(self.family, self.config, shape, layers=layers, dtype=name)
+        save_model(folder, family=self.family, config=config, shape=shape, dtype=chosen, tensor=tensor)
+        carry(self.folder, folder)
+        return config
 
     def check_store(self, store: Store) -> None:
         """Raises UserError unless the store's ids are this model's tokens, each with a row in the embedding."""
@@ -105,3 +123,14 @@ class Source:
                 change="take the tokenizer that belongs to the model, or resize the model's embeddings first",
             )
         store.check_tokenizer(tokenizer_fingerprint(tokenizer), self.name)
+
+
+def write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+    """shearling.json: where a model comes from, for teachers, references and reports."""
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+
+
+def figures(result: Any) -> dict[str, Any]:
+    """What shearling.json keeps of a verb's result: all but where it is and that it was there."""
+    kept = (field.name for field in fields(result) if field.name not in ("out", "done_before"))
+    return {name: getattr(result, name) for name in kept}

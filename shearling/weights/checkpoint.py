@@ -48,6 +48,14 @@ class Checkpoint:
         """The weight files, sorted by name. A shard that holds no tensor isn't among them."""
         return tuple(sorted({info.shard for info in self.tensors.values()}))
 
+    def float_bytes(self) -> dict[str, int]:
+        """Bytes of the weights in each floating dtype, by safetensors' name for it."""
+        nbytes: dict[str, int] = dict.fromkeys(FLOAT_DTYPES, 0)
+        for info in self.tensors.values():
+            if info.dtype in nbytes:
+                nbytes[info.dtype] += info.nbytes
+        return nbytes
+
     def info(self, name: str) -> TensorInfo:
         """What the header says of a tensor. Raises UserError for a name that isn't there."""
         if name not in self.tensors:
@@ -109,10 +117,7 @@ def check_dtype(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     declared = config.get("dtype", config.get("torch_dtype"))
     if declared is None:
         return
-    nbytes = dict.fromkeys(FLOAT_DTYPES, 0)
-    for info in checkpoint.tensors.values():
-        if info.dtype in nbytes:
-            nbytes[info.dtype] += info.nbytes
+    nbytes = checkpoint.float_bytes()
     most = max(nbytes.values())
     majority = [DTYPES[dtype][1] for dtype in FLOAT_DTYPES if most and nbytes[dtype] == most]
     if majority and str(declared).removeprefix("torch.") not in majority:

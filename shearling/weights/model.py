@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shearling.axes.shape import Shape
 from shearling.axes.spec import Family, named
 from shearling.axes.spec import Tensor as Row
 from shearling.errors import UserError
@@ -58,13 +59,13 @@ def save_model(
     *,
     family: Family,
     config: Mapping[str, Any],
-    layers: int,
+    shape: Shape,
     dtype: torch.dtype,
-    shape_of: Callable[[Row], tuple[int, ...]],
     tensor: Callable[[Row, int | None], Tensor],
 ) -> None:
     """Writes config.json and the weights of a family's model, tensor by tensor, under their names on disk."""
-    rows = {row.at_disk(layer): (row, layer) for row, layer in named(family.present(config), layers)}
-    entries = [Entry(name, DTYPE_CODES[dtype], shape_of(row)) for name, (row, _) in rows.items()]
+    sizes = shape.axes
+    rows = {row.at_disk(layer): (row, layer) for row, layer in named(family.present(config), sizes["layer"])}
+    entries = [Entry(name, DTYPE_CODES[dtype], row.shape(sizes)) for name, (row, _) in rows.items()]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write(folder, entries, lambda name: tensor(*rows[name]).to(dtype).contiguous())

@@ -15,8 +15,9 @@ OLD_BUFFERS = ("rotary_emb.inv_freq",)
 
 def check_table(checkpoint: Checkpoint, family: Family, shape: Shape) -> None:
     """Raises UserError, naming the first few, for tensors that are missing, of another shape, or not in the table."""
+    sizes = shape.axes
     expected = {
-        row.at_disk(layer): tuple(dim.size(shape.axes) for dim in row.dims)
+        row.at_disk(layer): row.shape(sizes)
         for row, layer in named(family.present(checkpoint.config), shape["num_hidden_layers"])
     }
     found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}

@@ -155,9 +155,8 @@ def test_masked_equals_cut_saved_and_reloaded_on_a_trained_model(shared, tmp_pat
         tmp_path,
         family=family,
         config=config_at(family, config, target, layers=kept.layers, dtype="float32"),
-        layers=3,
+        shape=target,
         dtype=torch.float32,
-        shape_of=cut.size,
         tensor=lambda row, layer: cut.tensor(row, layer, reader(model)),
     )
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
