@@ -38,6 +38,15 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of a domain's files that is read on its own: a file, or the bytes `start` to `end` of one."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass(frozen=True)
 class Domain:
     """A domain's files by split; an empty `eval` means that documents of `train` are to be held out."""
 
@@ -81,16 +90,21 @@ def find_domains(inputs: Sequence[Path]) -> tuple[Domain, ...]:
     return tuple(found)
 
 
-def read(path: Path) -> Iterator[Document]:
-    """The documents of one file in order, empty ones included; a UTF-8 BOM at the start is dropped.
+def parts(path: Path) -> list[Part]:
+    """The pieces of one file that can be read by processes of their own, in order."""
+    return [Part(path)]
+
+
+def read(part: Part) -> Iterator[Document]:
+    """The documents of one part in order, empty ones included; a UTF-8 BOM at the start is dropped.
 
     JSON lines hold one document a line under "text" (blank lines are passed over); any other file is one document.
     Raises UserError for what can't be read, naming the file, the line and its first byte's offset (decompressed).
     """
-    if _suffix(path) in JSON_LINES:
-        yield from _json_lines(path)
+    if _suffix(part.path) in JSON_LINES:
+        yield from _json_lines(part.path)
     else:
-        yield _plain(path)
+        yield _plain(part.path)
 
 
 def _domains_of(path: Path) -> list[Domain]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from shearling.data.documents import Document, Domain, find_domains, read
+from shearling.data.documents import Document, Domain, find_domains, parts, read
 from shearling.data.store import DomainEntry, Manifest, SplitWriter, Store, TokenizerEntry, dtype_for
 from shearling.errors import UserError
 
@@ -239,7 +239,7 @@ def _chosen(
 
     def pieces(split: str) -> Iterator[Piece]:
         paths = domain.eval if split == "eval" else domain.train
-        for piece in encoder.pieces(document for path in paths for document in read(path)):
+        for piece in encoder.pieces(document for path in paths for part in parts(path) for document in read(part)):
             if len(piece.ids):
                 yield piece
             else:

@@ -5,7 +5,7 @@ import pytest
 import zstandard
 
 from shearling.data import documents
-from shearling.data.documents import find_domains, read
+from shearling.data.documents import Part, find_domains, read
 from shearling.errors import UserError, UserErrors
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -13,12 +13,12 @@ LINES = b'{"text": "one"}\n{"text": "two", "src": 1}\r\n\n{"text": ""}\n{"text":
 
 
 def texts(path):
-    return [document.text for document in read(path)]
+    return [document.text for document in read(Part(path))]
 
 
 def message(path) -> str:
     with pytest.raises(UserError) as caught:
-        list(read(path))
+        list(read(Part(path)))
     return str(caught.value)
 
 
@@ -41,7 +41,7 @@ def layout(*inputs):
 def test_json_lines_plain_and_compressed(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESS[suffix](LINES))
-    found = list(read(path))
+    found = list(read(Part(path)))
     assert [document.text for document in found] == ["one", "two", "", "a\0b é"]
     assert [document.num_bytes for document in found] == [3, 3, 0, 6]
 
