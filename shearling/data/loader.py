@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from shearling.data.batch import Batch
 from shearling.data.sampler import Position, window_of
-from shearling.data.store import Store
+from shearling.data.store import Store, span
 from shearling.errors import UserError, raise_all
 
 HELD_OUT_SEQUENCES = 8  # a batch's logits at 2,048 tokens and 32,000 ids stay near 2 GB in fp32
@@ -31,14 +32,40 @@ def check_windows(store: Store, domains: Sequence[str], *, seq_len: int) -> None
     )
 
 
-def batch(store: Store, positions: Sequence[Position], *, seq_len: int, seed: int) -> torch.Tensor:
-    """The train windows at `positions`, int64 [B, T + 1]; UserError where a domain has no whole window."""
+def batch(
+    store: Store, positions: Sequence[Position], *, seq_len: int, seed: int, separate: bool = False
+) -> Batch:
+    """The train windows at `positions`; UserError where a domain has no whole window.
+
+    `separate` says where the documents in each window start, so that they can be kept apart.
+    """
     check_windows(store, sorted({position.domain for position in positions}), seq_len=seq_len)
-    windows = []
+    found = []
     for position in positions:
         count = store.window_count(position.domain, "train", seq_len)
-        windows.append(store.window(position.domain, "train", window_of(position, count, seed), seq_len))
-    return torch.from_numpy(np.stack(windows))
+        found.append((position.domain, window_of(position, count, seed)))
+    ids = np.stack([store.window(domain, "train", index, seq_len) for domain, index in found])
+    masks = [store.loss_mask(domain, "train") for domain, _ in found]
+    counted = None
+    if any(mask is not None for mask in masks):
+        rows = zip(masks, found, strict=True)
+        every = np.ones(seq_len + 1, bool)
+        counted = torch.from_numpy(np.stack([every if m is None else m[span(i, seq_len)] != 0 for m, (_, i) in rows]))
+    starts = None
+    if separate:
+        starts = torch.from_numpy(np.stack([_starts(store, domain, index, seq_len) for domain, index in found]))
+    domains = tuple(store.domains.index(domain) for domain, _ in found)
+    return Batch(torch.from_numpy(ids), domains, counted, starts)
+
+
+def _starts(store: Store, domain: str, index: int, seq_len: int) -> np.ndarray:
+    """Where in window `index` each token's document starts, int64 [seq_len + 1]; 0 for the one it opens in."""
+    inside = span(index, seq_len)
+    offsets = store.offsets(domain, "train")
+    first, last = np.searchsorted(offsets, (inside.start, inside.stop), side="right")
+    starts = np.concatenate(([0], offsets[first:last].astype(np.int64) - inside.start))
+    lengths = np.diff(np.append(starts, seq_len + 1))
+    return np.repeat(starts, lengths)
 
 
 def held_out(
