@@ -33,6 +33,21 @@ def parse_shape(value: object) -> dict[str, int]:
     return parse_target(str(value))
 
 
+def parse_shares(text: str, what: str, kind: type[int] | type[float] = float) -> dict[str, Any]:
+    """Numbers by domain, as a=.5,b=.5. Raises UserError."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            number = kind(value)
+        except ValueError as error:
+            raise UserError(what, found=repr(part), expected="domain=number", change="write as a=.5,b=.5") from error
+        if name in found:
+            raise UserError(what, found=f"{name!r} twice", expected="each domain once", change="leave one out")
+        found[name] = number
+    return found
+
+
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 Target = Annotated[dict[str, int], BeforeValidator(parse_shape)]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -32,9 +32,7 @@ def check_windows(store: Store, domains: Sequence[str], *, seq_len: int) -> None
     )
 
 
-def batch(
-    store: Store, positions: Sequence[Position], *, seq_len: int, seed: int, separate: bool = False
-) -> Batch:
+def batch(store: Store, positions: Sequence[Position], *, seq_len: int, seed: int, separate: bool = False) -> Batch:
     """The train windows at `positions`; UserError where a domain has no whole window.
 
     `separate` says where the documents in each window start, so that they can be kept apart.
