@@ -154,21 +154,24 @@ def validated(kind: type[S], values: Mapping[str, Any], *, under: str = "") -> S
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key.key=value` overrides. Raises UserError for whatever doesn't fit."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise UserError(
-            f"recipe {path}", found=error.strerror, expected="a YAML file", change="check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}", found=str(error), expected="YAML", change="mend the file") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"recipe {path}", found=type(values).__name__, expected="keys and values", change="see recipes/"
-        )
+    values = read_mapping(path, what="recipe", change="see recipes/")
     for setting in settings:
         _override(values, setting)
     return validated(Recipe, values)
+
+
+def read_mapping(path: Path, *, what: str, change: str = "mend the file") -> dict[str, Any]:
+    """The keys and values of a YAML file, of which JSON is a kind; `what` it is. Raises UserError, a key twice too."""
+    what = f"{what} {path}"
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise UserError(what, found=error.strerror, expected="a YAML file", change="check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(what, found=str(error), expected="YAML", change="mend the file") from error
+    if not isinstance(values, dict):
+        raise UserError(what, found=type(values).__name__, expected="keys and values", change=change)
+    return values
 
 
 def write_recipe(recipe: Recipe, out: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shearling.data.loader import batch, check_windows, held_out
+from shearling.data.loader import HeldOut, batch, check_windows, held_out
 from shearling.data.sampler import SamplerState, draw
 from shearling.data.store import Store
 
@@ -33,7 +33,7 @@ class Feed:
         positions, after = draw(state, self.proportions, self.sequences)
         return batch(self.store, positions, seq_len=self.seq_len, seed=self.seed), after
 
-    def held_out(self, *, limit: int | None, sequences: int) -> dict[str, Iterator[Tensor]]:
+    def held_out(self, *, limit: int | None, sequences: int) -> dict[str, Iterator[HeldOut]]:
         """The same held-out windows each time, at most `limit` a domain, so many sequences at once."""
         return {
             domain: held_out(self.store, domain, seq_len=self.seq_len, limit=limit, sequences=sequences)

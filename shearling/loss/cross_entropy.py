@@ -18,14 +18,30 @@ def next_token_loss(model: Any, ids: Tensor, *, loss_mask: Tensor | None = None)
 
     `loss_mask` [B, T + 1]: a token whose entry is 0 is read but not asked for.
     """
-    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     targets = ids[:, 1:]
     if loss_mask is not None:
         targets = targets.masked_fill(loss_mask[:, 1:] == 0, -100)
+    hidden, weight = _before_head(model, ids)
+    return head_loss(hidden, weight, targets.flatten())
+
+
+@torch.no_grad()
+def token_losses(model: Any, ids: Tensor) -> Tensor:
+    """Nats of each predicted token of ids [B, T + 1], fp32 [B, T], without gradients."""
+    hidden, weight = _before_head(model, ids)
+    targets = ids[:, 1:]
+    chunks = zip(hidden.split(CHUNK_TOKENS), targets.flatten().split(CHUNK_TOKENS), strict=True)
+    parts = [functional.cross_entropy((h @ weight.T).float(), t, reduction="none") for h, t in chunks]
+    return torch.cat(parts).view(targets.shape)
+
+
+def _before_head(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The last hidden states [B * T, D] at ids [B, T + 1], and the head's weight [V, D] in their dtype."""
+    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    return head_loss(hidden.flatten(0, -2), model.get_output_embeddings().weight.to(hidden.dtype), targets.flatten())
+    return hidden.flatten(0, -2), model.get_output_embeddings().weight.to(hidden.dtype)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shearling.data.store import Store
+from shearling.loss.held_out import by_domain
 from shearling.recipe import Heal
 from shearling.record import Record, versions
 from shearling.stage import Stage
@@ -20,7 +21,7 @@ TOKENS_PER_PARAMETER = 20  # about what a model of this size can use (Hoffmann e
 
 @dataclass(frozen=True)
 class Healed:
-    """What healing came to: held-out losses in nats per token, by domain."""
+    """What healing came to: held-out losses in nats per token, by domain, and the standard errors of the last ones."""
 
     out: Path
     parameters: int
@@ -28,6 +29,7 @@ class Healed:
     losses: Mapping[str, float]
     tokens: int
     flops: float
+    standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     done_before: bool = False
 
 
@@ -50,8 +52,8 @@ def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path
     record = Record(folder / "record.jsonl")
     record.write("heal", versions=versions(), **session.describe())
     model = load_model(source.folder, device=session.device)
-    before = session.losses(model)
-    record.write("held_out", step=0, of="cut", losses=before)
+    before = session.measure(model)
+    record.write("held_out", step=0, of="cut", **by_domain(before))
     session.prepare(model, asked)
     state = train(
         model,
@@ -63,15 +65,15 @@ def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path
         log=record.write,
         on_step=watch("healing", session.settings.steps),
     )
-    after = session.losses(model)
-    record.write("held_out", step=state.step, of="healed", losses=after)
+    after = session.measure(model)
+    record.write("held_out", step=state.step, of="healed", **by_domain(after))
     layers = tuple(range(source.shape["num_hidden_layers"]))
     source.save(folder, shape=source.shape, layers=layers, dtype=asked.dtype, tensor=reader(model))
     result = Healed(
         out=out,
         parameters=source.parameters,
-        losses_before=before,
-        losses=after,
+        losses_before=by_domain(before)["losses"],
+        **by_domain(after),
         tokens=state.tokens,
         flops=session.flops(source, source.shape),
     )

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from shearling.axes.shape import Shape, resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
+from shearling.loss.held_out import by_domain
 from shearling.masks.attach import Attached
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.relaxations import make_gates
@@ -36,7 +37,7 @@ MASKS_FROM_STEPS = 1000
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a prune came to: held-out losses in nats per token, by domain."""
+    """What a prune came to: held-out losses in nats per token, by domain, and the standard errors of the cut's."""
 
     out: Path
     source_parameters: int
@@ -46,6 +47,7 @@ class Pruned:
     flops: float = 0.0
     misses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     done_before: bool = False
 
 
@@ -101,8 +103,8 @@ class Pruning:
         chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
         record.write("prune", **chosen, versions=versions(), **session.describe())
         model = load_model(source.folder, device=session.device)
-        before = session.losses(model)
-        record.write("held_out", step=0, of="source", losses=before)
+        before = session.measure(model)
+        record.write("held_out", step=0, of="source", **by_domain(before))
         calibration = session.feed.calibration(self.asked.calibration_windows)
         importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
         misses, flops, read = (), 0.0, source.read
@@ -120,14 +122,14 @@ class Pruning:
             dtype=self.asked.dtype,
             tensor=lambda row, layer: cut.tensor(row, layer, read),
         )
-        after = session.losses(load_model(self.folder, device=session.device))
-        record.write("held_out", step=session.settings.steps, of="cut", losses=after)
+        after = session.measure(load_model(self.folder, device=session.device))
+        record.write("held_out", step=session.settings.steps, of="cut", **by_domain(after))
         result = Pruned(
             out=self.out,
             source_parameters=source.parameters,
             parameters=parameters(source.family, config),
-            source_losses=before,
-            losses=after,
+            source_losses=by_domain(before)["losses"],
+            **by_domain(after),
             flops=flops,
             misses=misses,
             notes=self.notes,
@@ -173,7 +175,7 @@ class Pruning:
         for miss in misses:
             log.warning("off target before the cut: %s", miss)
         masks = {axis: mask.cpu() for axis, mask in term.settle().items()}
-        record.write("held_out", step=steps, of="masked", losses=session.losses(model))
+        record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         attached.remove()
         return Cut(source.family, source.config, self.target, kept, masks=masks), misses

@@ -11,9 +11,10 @@ import torch
 from shearling.axes.count import flops_per_token
 from shearling.axes.shape import Shape
 from shearling.data.feed import Feed, by_size
+from shearling.data.loader import bytes_per_token
 from shearling.data.store import Store
 from shearling.errors import UserError, raise_all
-from shearling.loss.held_out import held_out_losses
+from shearling.loss.held_out import Measured, measure
 from shearling.recipe import Training
 from shearling.train.optim import default_lr
 from shearling.train.schedule import cosine, trapezoid
@@ -66,24 +67,27 @@ class Session:
     def state(self) -> State:
         return State(step=0, tokens=0, sampler=self.feed.start())
 
-    def losses(self, model: Any) -> dict[str, float]:
-        """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
-        losses = held_out_losses(
-            model, self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
-        )
+    def measure(self, model: Any) -> dict[str, Measured]:
+        """Held-out figures by domain of a model as it is. Raises UserError where a loss isn't finite."""
+        windows = self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
+        measured = measure(model, windows, bytes_per_token=bytes_per_token(self.feed.store))
         raise_all(
             [
                 UserError(
                     f"held-out loss of {domain!r}",
-                    found=loss,
+                    found=figures.nats_per_token,
                     expected="a finite loss",
                     change=f"lower --lr: it was {self.lr:.3g}, and training diverged",
                 )
-                for domain, loss in losses.items()
-                if not isfinite(loss)
+                for domain, figures in measured.items()
+                if not isfinite(figures.nats_per_token)
             ]
         )
-        return losses
+        return measured
+
+    def losses(self, model: Any) -> dict[str, float]:
+        """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
+        return {domain: figures.nats_per_token for domain, figures in self.measure(model).items()}
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
