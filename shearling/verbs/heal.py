@@ -52,8 +52,8 @@ def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path
     record = Record(folder / "record.jsonl")
     record.write("heal", versions=versions(), **session.describe())
     model = load_model(source.folder, device=session.device)
-    before = session.measure(model)
-    record.write("held_out", step=0, of="cut", **by_domain(before))
+    before = by_domain(session.measure(model))
+    record.write("held_out", step=0, of="cut", **before)
     session.prepare(model, asked)
     state = train(
         model,
@@ -65,15 +65,16 @@ def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path
         log=record.write,
         on_step=watch("healing", session.settings.steps),
     )
-    after = session.measure(model)
-    record.write("held_out", step=state.step, of="healed", **by_domain(after))
+    after = by_domain(session.measure(model))
+    record.write("held_out", step=state.step, of="healed", **after)
     layers = tuple(range(source.shape["num_hidden_layers"]))
     source.save(folder, shape=source.shape, layers=layers, dtype=asked.dtype, tensor=reader(model))
     result = Healed(
         out=out,
         parameters=source.parameters,
-        losses_before=by_domain(before)["losses"],
-        **by_domain(after),
+        losses_before=before["losses"],
+        losses=after["losses"],
+        standard_errors=after["standard_errors"],
         tokens=state.tokens,
         flops=session.flops(source, source.shape),
     )

@@ -103,8 +103,8 @@ class Pruning:
         chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
         record.write("prune", **chosen, versions=versions(), **session.describe())
         model = load_model(source.folder, device=session.device)
-        before = session.measure(model)
-        record.write("held_out", step=0, of="source", **by_domain(before))
+        before = by_domain(session.measure(model))
+        record.write("held_out", step=0, of="source", **before)
         calibration = session.feed.calibration(self.asked.calibration_windows)
         importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
         misses, flops, read = (), 0.0, source.read
@@ -122,14 +122,15 @@ class Pruning:
             dtype=self.asked.dtype,
             tensor=lambda row, layer: cut.tensor(row, layer, read),
         )
-        after = session.measure(load_model(self.folder, device=session.device))
-        record.write("held_out", step=session.settings.steps, of="cut", **by_domain(after))
+        after = by_domain(session.measure(load_model(self.folder, device=session.device)))
+        record.write("held_out", step=session.settings.steps, of="cut", **after)
         result = Pruned(
             out=self.out,
             source_parameters=source.parameters,
             parameters=parameters(source.family, config),
-            source_losses=by_domain(before)["losses"],
-            **by_domain(after),
+            source_losses=before["losses"],
+            losses=after["losses"],
+            standard_errors=after["standard_errors"],
             flops=flops,
             misses=misses,
             notes=self.notes,

@@ -18,7 +18,7 @@ from shearling.mixture.reference import (
     parse_given,
     parse_reference,
 )
-from shearling.recipe import Eval, Heal, parse_tokens, read_mapping
+from shearling.recipe import Eval, Heal, parse_tokens, read_mapping, validated
 
 if TYPE_CHECKING:
     from shearling.data.store import Store
@@ -41,7 +41,7 @@ def reference(
 
     With `data`, a token store, they are held against its domains and its tokenizer. Raises UserError.
     """
-    asked = asked or Eval()
+    asked = asked or validated(Eval, {})
     _check_words(from_source, scaling_law, given, size=size, data=data, asked=asked)
     store = None if data is None else _open(data)
     if from_source is not None:
@@ -147,7 +147,7 @@ def _of_source(model: str, store: "Store", asked: Eval) -> Reference:
     """The losses of the model itself, on the windows that healing measures on unless others were asked for."""
     from shearling.verbs.evaluate import evaluate  # torch, which the other two ways do without
 
-    windows = asked.windows or Heal().eval_windows
+    windows = asked.windows or validated(Heal, {}).eval_windows
     found = evaluate(model, data=str(store.folder), **{**asked.model_dump(), "windows": windows})
     notes = tuple(
         f"{domain}: {figures.windows} windows, {figures.documents} documents"
