@@ -31,18 +31,18 @@ class Reference:
         return {"format": FORMAT, "version": VERSION, **asdict(self), "notes": list(self.notes)}
 
     def per_token(
-        self, *, domains: Sequence[str], tokenizer: str | None, bytes_per_token: Mapping[str, float]
+        self, *, domains: Sequence[str], tokenizer: str | None, bytes_per_token: Mapping[str, float], where: str
     ) -> dict[str, float]:
         """Nats per token by domain, in the order of `domains`, for text in the tokens of `tokenizer` (a fingerprint).
 
         Raises UserError for domains that are missing or unknown, losses of another tokenizer, and losses per byte
         where nobody knows how many bytes a token has.
         """
-        errors = domain_errors(self.losses, domains, where=self.how)
+        errors = domain_errors(self.losses, domains, where=where)
         if self.unit == PER_TOKEN and None not in (tokenizer, self.tokenizer) and tokenizer != self.tokenizer:
             errors.append(
                 UserError(
-                    self.how,
+                    where,
                     found=f"nats per token of the tokenizer {str(self.tokenizer)[:12]}",
                     expected=f"of the tokenizer {str(tokenizer)[:12]}, which the data was prepared with",
                     change=f"measure again with that tokenizer, or give the losses with unit: {PER_BYTE}",
@@ -51,7 +51,7 @@ class Reference:
         if self.unit == PER_BYTE:
             errors += [
                 UserError(
-                    f"{self.how}, domain {domain!r}",
+                    f"{where}, domain {domain!r}",
                     found="nats per byte, and data that doesn't say how many bytes a token has",
                     expected="a token store with text in it",
                     change=f"prepare the data again, or give {PER_TOKEN}",

@@ -18,7 +18,7 @@ from shearling.mixture.reference import (
     parse_given,
     parse_reference,
 )
-from shearling.recipe import Eval, Heal, parse_tokens, read_mapping
+from shearling.recipe import Eval, Heal, parse_tokens, read_mapping, validated
 
 if TYPE_CHECKING:
     from shearling.data.store import Store
@@ -41,7 +41,7 @@ def reference(
 
     With `data`, a token store, they are held against its domains and its tokenizer. Raises UserError.
     """
-    asked = asked or Eval()
+    asked = asked or validated(Eval, {})
     _check_words(from_source, scaling_law, given, size=size, data=data, asked=asked)
     store = None if data is None else _open(data)
     if from_source is not None:
@@ -52,7 +52,7 @@ def reference(
         found = measured.at(parse_size(size), where=scaling_law)
     else:
         found = Reference(parse_given(given or ""), "as given")
-    return _in_tokens_of(store, found)
+    return _in_tokens_of(store, found, where=from_source or scaling_law or "--given")
 
 
 def load_reference(
@@ -67,13 +67,15 @@ def load_reference(
     `given` is a file that `shearling reference` wrote, a JSON or YAML file of {domain: loss} or such a mapping itself,
     or text like `wiki=1.9,code=0.8`. Raises UserError for whatever doesn't fit.
     """
+    where = "reference"
     if isinstance(given, Mapping):
-        found = parse_reference(given, where="reference")
+        found = parse_reference(given, where=where)
     elif os.path.isfile(given) or "=" not in str(given):
-        found = parse_reference(read_mapping(Path(given), what="reference"), where=f"reference {given}")
+        where = f"reference {given}"
+        found = parse_reference(read_mapping(Path(given), what="reference"), where=where)
     else:
-        found = Reference(parse_given(str(given)), "reference")
-    return found.per_token(domains=domains, tokenizer=tokenizer, bytes_per_token=bytes_per_token)
+        found = Reference(parse_given(str(given)), where)
+    return found.per_token(domains=domains, tokenizer=tokenizer, bytes_per_token=bytes_per_token, where=where)
 
 
 def write_reference(found: Reference, out: Path) -> None:
@@ -147,10 +149,10 @@ def _of_source(model: str, store: "Store", asked: Eval) -> Reference:
     """The losses of the model itself, on the windows that healing measures on unless others were asked for."""
     from shearling.verbs.evaluate import evaluate  # torch, which the other two ways do without
 
-    windows = asked.windows or Heal().eval_windows
+    windows = asked.windows or validated(Heal, {}).eval_windows
     found = evaluate(model, data=str(store.folder), **{**asked.model_dump(), "windows": windows})
     notes = tuple(
-        f"{domain}: {figures.windows} windows, {figures.documents} documents"
+        f"{domain}: windows {figures.windows}, documents {figures.documents}"
         + ("" if figures.standard_error is None else f", standard error {figures.standard_error:.4f}")
         for domain, figures in found.figures.items()
     )
@@ -159,13 +161,16 @@ def _of_source(model: str, store: "Store", asked: Eval) -> Reference:
     return Reference(found.losses, how, PER_TOKEN, store.fingerprint, notes)
 
 
-def _in_tokens_of(store: "Store | None", found: Reference) -> Reference:
+def _in_tokens_of(store: "Store | None", found: Reference, *, where: str) -> Reference:
     """The same in nats per token, held against the store where there is one."""
     if store is not None:
         from shearling.data.loader import bytes_per_token
 
         losses = found.per_token(
-            domains=store.domains, tokenizer=store.fingerprint, bytes_per_token=bytes_per_token(store)
+            domains=store.domains,
+            tokenizer=store.fingerprint,
+            bytes_per_token=bytes_per_token(store),
+            where=where,
         )
         tokenizer = store.fingerprint if found.unit == PER_BYTE else found.tokenizer
         found = replace(found, losses=losses, unit=PER_TOKEN, tokenizer=tokenizer)

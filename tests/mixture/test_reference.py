@@ -12,7 +12,7 @@ BYTES = {"d": 4.0, "e": 3.0}
 
 
 def per_token(found: Reference, *, tokenizer: str | None = "abc", bytes_per_token=BYTES) -> dict[str, float]:
-    return found.per_token(domains=("e", "d"), tokenizer=tokenizer, bytes_per_token=bytes_per_token)
+    return found.per_token(domains=("e", "d"), tokenizer=tokenizer, bytes_per_token=bytes_per_token, where="r")
 
 
 def test_what_is_written_is_read():
@@ -44,7 +44,9 @@ def test_another_tokenizer_is_refused():
 
 def test_domains_that_differ_are_named_together():
     with pytest.raises(UserError) as raised:
-        Reference({"d": 1.0, "ee": 1.0}, "r").per_token(domains=("d", "e", "f"), tokenizer=None, bytes_per_token={})
+        Reference({"d": 1.0, "ee": 1.0}, "").per_token(
+            domains=("d", "e", "f"), tokenizer=None, bytes_per_token={}, where="r"
+        )
     lines = str(raised.value).splitlines()
     assert [line.split("; expected")[0] for line in lines] == [
         "r, domain 'e': found no loss",
