@@ -44,7 +44,7 @@ DEFAULT = Reading()
 
 
 def parts(path: str | Path, *, reading: Reading = DEFAULT) -> list[Part]:
-    """The pieces of one source that can be read by processes of their own, in order; none for a table without rows.
+    """The pieces of one source that can be read by processes of their own, in order.
 
     Pieces are of some 32 MB where the format allows it. Raises UserError for what can't be opened, and for a table
     without the column that `reading` asks for.

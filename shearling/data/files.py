@@ -20,6 +20,7 @@ from shearling.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".zstd")
 READ_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 22  # what a store is asked for at once; s3fs's own 50 MB is more than a part
 # What `zstd --long=31` writes; the library's own limit refuses windows over 128 MB.
 ZSTD_WINDOW_BYTES = 1 << 31
 URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
@@ -119,7 +120,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
     """A file to read and seek in, as stored. Raises UserError when it can't be opened or read inside the block."""
     with storage(path):
         filesystem, inside = _open_filesystem(path) if is_remote(path) else (None, path)
-        with filesystem.open(inside, "rb") if filesystem else open(path, "rb") as file:
+        with filesystem.open(inside, "rb", block_size=BLOCK_BYTES) if filesystem else open(path, "rb") as file:
             yield cast(BinaryIO, file)
 
 

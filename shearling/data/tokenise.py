@@ -134,7 +134,8 @@ class Encoder:
     def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
         """Each document's ids with EOS, none of them for one without text."""
         for group in _batches(documents):
-            texts = iter(self._ids([document for document in group if document.is_text]))
+            plain = [document for document in group if document.is_text]
+            texts = iter(self._ids(plain) if plain else ())
             for document in group:
                 yield self._ended(document, next(texts)) if document.is_text else self._made(document)
 
