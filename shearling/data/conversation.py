@@ -104,7 +104,7 @@ def render(
         spans = (
             _blocks(tokenizer, marked, text, where=where) if blocks else _turns(tokenizer, marked, text, where=where)
         )
-    return _unmarked(text, spans, open_mark, close_mark)
+    return _ended(_unmarked(text, spans, open_mark, close_mark), str(tokenizer.eos_token))
 
 
 def encode(
@@ -220,6 +220,16 @@ def _unmarked(text: str, spans: tuple[tuple[int, int], ...] | None, open_mark: s
     position = np.arange(len(text) + 1) - np.cumsum(marks)
     shifted = None if spans is None else tuple((int(position[start]), int(position[end])) for start, end in spans)
     return Rendered(tuple(piece for piece in pieces if piece[0]), shifted)
+
+
+def _ended(rendered: Rendered, eos: str) -> Rendered:
+    """Without the blanks that a template writes after its last end-of-sequence token, which ends the document."""
+    text, plain = rendered.pieces[-1] if rendered.pieces else ("", True)
+    if plain or not text.rstrip().endswith(eos):
+        return rendered
+    pieces = (*rendered.pieces[:-1], (text.rstrip(), False))
+    end = sum(len(piece) for piece, _ in pieces)
+    return Rendered(pieces, rendered.spans and tuple((start, min(stop, end)) for start, stop in rendered.spans))
 
 
 def _fault(where: str, *, found: str, expected: str) -> UserError:

@@ -162,7 +162,7 @@ def storage(path: str) -> Iterator[None]:
 
 def shown(path: str) -> str:
     """A place for messages: a URL without password and query."""
-    return without_secrets(path) if is_remote(path) else path
+    return without_secrets(path) if "://" in path else path
 
 
 def without_secrets(text: str) -> str:
@@ -192,8 +192,12 @@ def _open_filesystem(path: str) -> tuple[Any, str]:
             shown(path),
             found=f"nothing installed that reads {protocol}:// ({error})" if missing else without_secrets(str(error)),
             expected="a store that fsspec opens",
-            change="pip install 'shearling[remote]'" if missing else "check the address",
+            change=_install(protocol) if missing else "check the address",
         ) from error
+
+
+def _install(protocol: str) -> str:
+    return "pip install 'shearling[remote]'" if protocol in ("s3", "s3a") else "install the package that it names"
 
 
 def _kind(info: dict[str, Any]) -> Kind:

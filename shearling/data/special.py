@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PRIVATE_USE = range(0xE000, 0xF8FF)
+PRIVATE_USE = range(0xF0000, 0x10FFFD)  # characters that mean nothing to anyone
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
@@ -67,9 +67,9 @@ def strings(value: object) -> Iterator[str]:
 
 def unused_characters(value: object) -> tuple[str, str]:
     """Two characters that no string of a value holds, to mark special tokens with."""
-    used = {character for text in strings(value) for character in set(text) if ord(character) in PRIVATE_USE}
-    first, second, *_ = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-    return first, second
+    used = set().union(*strings(value))
+    free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+    return next(free), next(free)
 
 
 def mark(value: Any, tokens: Sequence[str], open_mark: str, close_mark: str) -> Any:

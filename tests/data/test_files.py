@@ -155,3 +155,4 @@ def test_a_protocol_that_nothing_reads(monkeypatch):
     found = fault_of(find_domains, ["s3://bucket/a.jsonl"])
     assert "nothing installed that reads s3://" in found
     assert "pip install 'shearling[remote]'" in found
+    assert "install the package that it names" in fault_of(find_domains, ["gs://bucket/a.jsonl"])

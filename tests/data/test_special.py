@@ -48,11 +48,11 @@ def test_a_text_without_any_is_encoded_as_ever(tokenizer_folder):
 
 
 def test_marks_are_characters_that_no_string_holds():
-    value = [{"content": "\ue000<s>\ue002", "tool_calls": [{"name": "x<s>"}], "n": 1}]
+    value = [{"content": "\U000f0000<s>\U000f0002", "tool_calls": [{"name": "x<s>"}], "n": 1}]
     first, second = unused_characters(value)
-    assert (first, second) == ("\ue001", "\ue003")
+    assert (first, second) == ("\U000f0001", "\U000f0003")
     assert mark(value, ["<s>"], "[", "]") == [
-        {"content": "\ue000[<s>]\ue002", "tool_calls": [{"name": "x[<s>]"}], "n": 1}
+        {"content": "\U000f0000[<s>]\U000f0002", "tool_calls": [{"name": "x[<s>]"}], "n": 1}
     ]
 
 
