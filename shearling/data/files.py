@@ -148,8 +148,10 @@ def storage(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         known = isinstance(error, OSError | EOFError | zlib.error | zstandard.ZstdError)
-        # Stores raise classes of their own that share no base; a class of Python's is a fault of ours.
-        if not known and (not is_remote(path) or type(error).__module__ == "builtins"):
+        # Stores raise classes of their own that share no base, and ValueError for an address that they can't take;
+        # any other class of Python's is a fault of ours.
+        foreign = type(error).__module__ != "builtins" or type(error) is ValueError
+        if not known and not (is_remote(path) and foreign):
             raise
         kind = compression(path)
         found = f"{type(error).__name__}: {without_secrets(str(error))}"

@@ -9,6 +9,7 @@ bounded by one shard's offsets and its longest record.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from shearling.errors import UserError
 
 INDEX = "index.json"
 TOKENS = "tokens"
+NEEDED = ("column_names", "column_encodings", "column_sizes", "samples", "raw_data")
 ARRAY_TYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
 MAX_ID = 1 << 31
 
@@ -54,8 +56,14 @@ def documents(path: str, *, start: int, end: int | None, reading: Reading) -> It
 
 
 def _index(path: str) -> dict[str, Any] | None:
+    return _parse(b"".join(chunks(path)))
+
+
+# Every part asks for it, and thousands of shards make it large.
+@lru_cache(maxsize=4)
+def _parse(raw: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(b"".join(chunks(path)))
+        found = json.loads(raw)
         formats = {shard["format"] for shard in found["shards"]}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None  # some other index.json, a document like any
@@ -69,6 +77,13 @@ def _shards(path: str) -> list[dict[str, Any]]:
     if versions != {2}:
         raise UserError(shown(path), found=f"versions {versions}", expected="version 2", change="write it again")
     for shard in shards:
+        if missing := [key for key in NEEDED if key not in shard]:
+            raise UserError(
+                shown(path),
+                found=f"a shard without {', '.join(missing)}",
+                expected=f"{', '.join(NEEDED)} for each",
+                change="write the index again",
+            )
         for encoding, column in zip(shard["column_encodings"], shard["column_names"], strict=True):
             if encoding.partition(":")[0] == "pkl":
                 raise UserError(
@@ -161,7 +176,7 @@ def _file(shard: dict[str, Any], *, folder: str) -> str:
     zipped = shard.get("zip_data")
     if not zipped:
         raise UserError(shown(raw), found="no such file", expected="a shard that index.json names", change="fetch it")
-    kind = (shard["compression"] or "").partition(":")[0]
+    kind = (shard.get("compression") or "").partition(":")[0]
     if kind not in ("zstd", "gz"):
         found = f"compression {kind!r}"
         raise UserError(shown(folder), found=found, expected="zstd or gz", change="write it again, or decompress it")

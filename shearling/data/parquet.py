@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from shearling.data.document import Document, Reading, check_column, fault, of_fields
-from shearling.data.files import opened, shown
+from shearling.data.files import opened, shown, without_secrets
 from shearling.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,6 +75,6 @@ def _table(path: str, *, reading: Reading) -> Iterator["ParquetFile"]:
             check_column(table.schema_arrow.names, where=shown(path), reading=reading)
             yield table
         except (pyarrow.ArrowException, OSError) as error:
-            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            found = f"{type(error).__name__}: {without_secrets(str(error)).partition(chr(10))[0]}"
             change = "fetch or write it again"
             raise UserError(shown(path), found=found, expected="a whole Parquet file", change=change) from error

@@ -41,7 +41,7 @@ class Piece:
 
 
 def prepare(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     *,
     tokenizer: Path,
     out: Path,

@@ -156,3 +156,9 @@ def test_a_protocol_that_nothing_reads(monkeypatch):
     assert "nothing installed that reads s3://" in found
     assert "pip install 'shearling[remote]'" in found
     assert "install the package that it names" in fault_of(find_domains, ["gs://bucket/a.jsonl"])
+
+
+def test_an_address_that_a_store_can_t_take(s3):
+    found = fault_of(lambda: list(read(Part("s3://bucket"))))
+    assert "s3://bucket: found " in found
+    assert "check the address" in found

@@ -1,13 +1,13 @@
 import builtins
 import json
 
+import datasets
 import pytest
 from sources import documents_of, fault_of, texts_of
 
 from shearling.data import hub
 from shearling.data.documents import find_domains, parts
 
-datasets = pytest.importorskip("datasets")
 TEXTS = [f"text {number}" for number in range(50)]
 
 

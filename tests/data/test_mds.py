@@ -141,3 +141,11 @@ def test_an_index_that_doesn_t_fit(tmp_path, change, words):
     index["shards"][0] |= change
     path.write_text(json.dumps(index))
     assert words in fault_of(documents_of, path)
+
+
+def test_an_index_without_what_a_shard_needs(tmp_path):
+    path = write(tmp_path, {"text": "str"}, [[b"one"]])
+    index = json.loads(path.read_text())
+    del index["shards"][0]["column_sizes"]
+    path.write_text(json.dumps(index))
+    assert "index.json: found a shard without column_sizes" in fault_of(parts, path)
