@@ -261,7 +261,8 @@ class _StrictLoader(yaml.SafeLoader):
     """A key that comes twice is an error, not a silent last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merged = "tag:yaml.org,2002:merge"  # `<<: *other` may come beside keys that override the other's
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merged]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(

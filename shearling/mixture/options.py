@@ -1,7 +1,7 @@
 """What can be chosen of the mixture, and why the defaults are what they are."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from shearling.mixture.weights import Rule
 
@@ -25,6 +25,8 @@ class Options:
     held-out losses, those of the batches trained on (free), or the KL to the teacher. `every`: steps between updates.
     The rest bounds and smooths the update (`Rule`); left out: the rule's own.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     schedule: Schedule = "auto"
     weights: dict[str, float] | None = None
