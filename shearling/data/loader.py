@@ -32,9 +32,7 @@ def check_windows(store: Store, domains: Sequence[str], *, seq_len: int) -> None
     )
 
 
-def batch(
-    store: Store, positions: Sequence[Position], *, seq_len: int, seed: int, separate: bool = False
-) -> Batch:
+def batch(store: Store, positions: Sequence[Position], *, seq_len: int, seed: int, separate: bool = False) -> Batch:
     """The train windows at `positions`; UserError where a domain has no whole window.
 
     `separate` says where the documents in each window start, so that they can be kept apart.
@@ -55,7 +53,7 @@ def batch(
     if separate:
         starts = torch.from_numpy(np.stack([_starts(store, domain, index, seq_len) for domain, index in found]))
     domains = tuple(store.domains.index(domain) for domain, _ in found)
-    return Batch(torch.from_numpy(ids), domains, counted, starts)
+    return Batch(torch.from_numpy(ids), domains, counted, starts, windows=tuple(index for _, index in found))
 
 
 def _starts(store: Store, domain: str, index: int, seq_len: int) -> np.ndarray:
