@@ -72,7 +72,10 @@ def load_teacher(
 
 def _to_int8(model: Any) -> None:
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
     except ImportError as error:
         raise UserError(
             "a teacher with int8 weights",
