@@ -2,10 +2,10 @@
 
     python benchmarks/distilled_step.py         writes benchmarks/distilled_step.json
 
-Time: the three in turn in one process, median and quartiles of distilled / (plain + teacher), triple by triple. Memory:
-each step in a process of its own that holds both models, peak resident set above what it was before the first step.
-A step is forward, backward and AdamW on all weights, in fp32; the teacher's pass goes as far as its logits, a chunk at a
-time. "hidden" compares the residual streams after each of the student's layers as well.
+Time: the three in turn in one process, median and quartiles of distilled / (plain + teacher), triple by triple.
+Memory: each step in a process of its own that holds both models, peak resident set above what it was before the first
+step. A step is forward, backward and AdamW on all weights, in fp32; the teacher's pass goes as far as its logits, a
+chunk at a time. "hidden" compares the residual streams after each of the student's layers as well.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_teacher.py MODEL TEXT     writes benchmarks/sparse_teacher.json
 
-MODEL is a source folder, TEXT documents as JSON lines. The student is the source's one-shot cut to half its sizes, as
+MODEL is a source folder, TEXT a domain's documents. The student is the source's one-shot cut to half its sizes, as
 cut and after some steps of healing. Of the KL's gradient, relative to its own norm, over TOKENS tokens:
 
 bias        of the logits' gradient, token by token: its mean over DRAWS caches, less the whole one's
@@ -25,7 +25,6 @@ from shearling.axes.index import select
 from shearling.axes.shape import resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import measure
-from shearling.data.documents import Domain
 from shearling.data.feed import Feed
 from shearling.data.store import Store
 from shearling.data.tokenise import prepare
@@ -46,7 +45,7 @@ def one_shot(source: Source, store: Store, folder: Path) -> Any:
     """The source cut to half its sizes."""
     target, _ = resolve_target(source.family, source.shape, {key: source.shape[key] // 2 for key in HALVED})
     model = load_model(source.folder)
-    calibration = Feed(store, SEQ_LEN, SEQUENCES, 0).calibration(32, {domain: 1.0 for domain in store.domains})
+    calibration = Feed(store, SEQ_LEN, SEQUENCES, 0).calibration(32, dict.fromkeys(store.domains, 1.0))
     found = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
     scores = {axis: score.tolist() for axis, score in found.scores.items()}
     kept = select(scores, source=source.shape, target=target)
@@ -60,7 +59,8 @@ def one_shot(source: Source, store: Store, folder: Path) -> Any:
 
 def heal(model: Any, store: Store, *, lr: float) -> None:
     """Some steps on the next token."""
-    feed, optimizer, weights = Feed(store, SEQ_LEN, SEQUENCES, 0), adamw(model.parameters(), lr=lr), {"text": 1.0}
+    feed, optimizer = Feed(store, SEQ_LEN, SEQUENCES, 0), adamw(model.parameters(), lr=lr)
+    weights = dict.fromkeys(store.domains, 1.0)
     state, objective = feed.start(), NextToken(1)
     for _ in range(STEPS):
         positions, state = feed.following(state, weights)
@@ -115,9 +115,12 @@ def main() -> None:
     asked = parser.parse_args()
     source, found = Source.open(asked.model), {}
     with tempfile.TemporaryDirectory() as made:
-        store = prepare([Domain("text", (asked.text,))], tokenizer=source.folder, out=Path(made) / "store")
+        folder = Path(made) / "store"
+        folder.mkdir()
+        store = prepare([asked.text], tokenizer=source.folder, out=folder)
         student, teacher = one_shot(source, store, Path(made) / "cut"), load_model(source.folder)
-        ids = next(iter(store_windows(store)))
+        windows = Feed(store, SEQ_LEN, SEQUENCES, 0).held_out(limit=TOKENS // SEQ_LEN, sequences=TOKENS // SEQ_LEN)
+        ids = next(windows[store.domains[0]])[:, :-1]
         _, truth = read(teacher, ids)
         for stage in ("cut", "healed"):
             if stage == "healed":
@@ -139,13 +142,6 @@ def main() -> None:
     options |= {"healing_steps": STEPS, "healing_batch": [SEQUENCES, SEQ_LEN]}
     result = {"options": options, "found": found, "versions": versions()}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def store_windows(store: Store) -> Any:
-    """Held-out ids [TOKENS / SEQ_LEN, SEQ_LEN + 1], less the last."""
-    feed = Feed(store, SEQ_LEN, SEQUENCES, 0)
-    for ids in feed.held_out(limit=TOKENS // SEQ_LEN, sequences=TOKENS // SEQ_LEN)["text"]:
-        yield ids[:, :-1]
 
 
 if __name__ == "__main__":
