@@ -29,7 +29,7 @@ from shearling.train.distilled import Distilled, Streams
 from shearling.train.objective import NextToken, Objective
 from shearling.train.optim import adamw
 
-VOCAB, SEQUENCES, SEQ_LEN = 8192, 4, 256
+VOCAB, SEQUENCES, SEQ_LEN = 8192, 8, 256
 STUDENT = {"hidden": 256, "layers": 4, "heads": 4, "kv": 2, "inner": 704}
 TEACHER = {"hidden": 512, "layers": 8, "heads": 8, "kv": 4, "inner": 1408}
 LIMIT = 1.10
@@ -73,7 +73,7 @@ class Passes:
     def teacher(self) -> None:
         taught = self.source(self.batch).taught
         assert isinstance(taught, Dense)
-        for rows in chunks(len(taught.hidden), VOCAB):
+        for rows in chunks(len(taught.hidden)):
             taught.logits(rows)
 
     def plain(self) -> None:

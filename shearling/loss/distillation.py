@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_ENTRIES = 1 << 25  # of one chunk's logits: 128 MiB in fp32, some three of which exist at once
+# At 128k ids three matrices of 512 MiB, in fp32, exist at once. Fewer tokens would spend a GPU's time on adding up the
+# head's gradient, which is read and written once for each chunk.
+CHUNK_TOKENS = 1024
 
 
 class Taught(Protocol):
@@ -88,10 +90,9 @@ def blended_loss(
     return found
 
 
-def chunks(tokens: int, vocab: int) -> Iterator[slice]:
-    """So many tokens at a time that their logits have at most CHUNK_ENTRIES."""
-    size = max(1, CHUNK_ENTRIES // vocab)
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def chunks(tokens: int) -> Iterator[slice]:
+    """CHUNK_TOKENS at a time."""
+    return (slice(start, start + CHUNK_TOKENS) for start in range(0, tokens, CHUNK_TOKENS))
 
 
 class _Blended(torch.autograd.Function):
@@ -115,7 +116,7 @@ class _Blended(torch.autograd.Function):
         to_hidden, to_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if to_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if to_weight else None
-        for rows in chunks(len(hidden), len(weight)):
+        for rows in chunks(len(hidden)):
             h, counts = hidden[rows].to(dtype), asked[rows].unsqueeze(-1).to(dtype)
             log_q = functional.linear(h, plain).to(wide)
             log_q -= log_q.logsumexp(-1, keepdim=True)

@@ -43,9 +43,9 @@ class CachedTeacher:
         """The live teacher's records of a batch's windows, [B, T]."""
         dense = self.live(batch).taught
         assert isinstance(dense, Dense)
-        seq_len, vocab = batch.ids.shape[1] - 1, len(dense.weight)
+        seq_len = batch.ids.shape[1] - 1
         offsets = torch.cat([_offsets(self.cache.manifest.seed, *name, count=seq_len) for name in names])
-        parts = [self.cache.kind.write(dense.logits(rows), offsets[rows]) for rows in chunks(len(dense.hidden), vocab)]
+        parts = [self.cache.kind.write(dense.logits(rows), offsets[rows]) for rows in chunks(len(dense.hidden))]
         return np.concatenate(parts).reshape(len(batch), seq_len)
 
 
