@@ -36,6 +36,22 @@ Seed = Annotated[int, typer.Option(help="Decides data order and noise.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; left out, the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the result's weights; left out, the source's.")]
 Autocast = Annotated[str, typer.Option(help="auto, off or bfloat16.")]
+MixtureSchedule = Annotated[
+    str, typer.Option("--mixture", help="dynamic (follows losses), constant, proportional (to tokens), auto.")
+]
+Weights = Annotated[str | None, typer.Option(help="Starting shares: a=.5,b=.5; left out, by tokens.")]
+Reference = Annotated[
+    str | None, typer.Option(help="Losses to follow: a file of `shearling reference`, or a=1.9,b=2.1.")
+]
+MixtureRule = Annotated[str | None, typer.Option("--mixture-rule", help="anchored or paper (Sheared-LLaMA's).")]
+Signal = Annotated[str | None, typer.Option(help="Held against the reference: held_out, training or teacher_kl.")]
+Every = Annotated[int | None, typer.Option("--mixture-every", help="Steps between updates of the mixture.")]
+Repeats = Annotated[str | None, typer.Option(help="Readings of a domain at most: 4, or a=1,b=4; left out, unlimited.")]
+AtEnd = Annotated[str | None, typer.Option(help="Then: stop, redistribute or repeat; left out, refused beforehand.")]
+Separate = Annotated[
+    bool, typer.Option("--separate-documents", help="Keep documents apart in attention and positions.")
+]
+Workers = Annotated[int | None, typer.Option(help="Threads that read ahead; 0 for none.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 
@@ -123,6 +139,16 @@ def prune(
     lr: Lr = None,
     batch_tokens: BatchTokens = None,
     seq_len: SeqLen = None,
+    mixture: MixtureSchedule = "auto",
+    weights: Weights = None,
+    reference: Reference = None,
+    mixture_rule: MixtureRule = None,
+    signal: Signal = None,
+    mixture_every: Every = None,
+    repeats: Repeats = None,
+    at_end: AtEnd = None,
+    separate_documents: Separate = False,
+    workers: Workers = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -136,12 +162,15 @@ def prune(
 
     masks = _given(relaxation=relaxation, start=start, lr=mask_lr)
     training = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    training |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile)
+    training |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    training |= {"repeats": _repeats(repeats), "separate_documents": separate_documents}
+    mixing = _mixture(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
     if steps is not None:
         base.pop("tokens", None)
     asked = {**base, **training, "activation_checkpointing": activation_checkpointing, "to": to, "method": method}
     asked["masks"] = {**base.get("masks", {}), **masks}
+    asked["mixture"] = {**base.get("mixture", {}), **mixing}
     section = validated(Prune, asked)
 
     from shearling.verbs.prune import prune
@@ -171,6 +200,16 @@ def heal(
     lr: Lr = None,
     batch_tokens: BatchTokens = None,
     seq_len: SeqLen = None,
+    mixture: MixtureSchedule = "auto",
+    weights: Weights = None,
+    reference: Reference = None,
+    mixture_rule: MixtureRule = None,
+    signal: Signal = None,
+    mixture_every: Every = None,
+    repeats: Repeats = None,
+    at_end: AtEnd = None,
+    separate_documents: Separate = False,
+    workers: Workers = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -183,8 +222,10 @@ def heal(
     from shearling.recipe import Heal, validated
 
     asked = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    asked |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile)
-    asked["activation_checkpointing"] = activation_checkpointing
+    asked |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    asked |= {"repeats": _repeats(repeats), "separate_documents": separate_documents}
+    mixing = _mixture(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
+    asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}
     section = validated(Heal, asked)
 
     from shearling.verbs.heal import heal
@@ -286,9 +327,15 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def steps(self, title: str, steps: int) -> Callable[[int, float], None]:
+    def steps(self, title: str, steps: int) -> Callable[[int, float, Mapping[str, float]], None]:
         task = self._bars.add_task(title, total=steps, note="")
-        return lambda step, loss: self._bars.update(task, completed=step, note=f"loss {loss:.3f}")
+
+        def update(step: int, loss: float, excess: Mapping[str, float]) -> None:
+            worst = sorted(excess, key=lambda domain: -excess[domain])[:3]
+            behind = ", ".join(f"{domain} +{excess[domain]:.2f}" for domain in worst if excess[domain] > 0)
+            self._bars.update(task, completed=step, note=f"loss {loss:.3f}" + (f"; behind: {behind}" if behind else ""))
+
+        return update
 
     def documents(self, domain: str, documents: int, tokens: int) -> None:
         task = next((t.id for t in self._bars.tasks if t.description == domain), None)
@@ -299,6 +346,20 @@ class _Progress:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _mixture(schedule: str, weights: str | None, **options: Any) -> dict[str, Any]:
+    """The section of a recipe that these options stand for."""
+    from shearling.recipe import parse_shares
+
+    shares = None if weights is None else parse_shares(weights, "--weights")
+    return _given(schedule=None if schedule == "auto" else schedule, weights=shares, **options)
+
+
+def _repeats(text: str | None) -> Any:
+    from shearling.recipe import parse_shares
+
+    return parse_shares(text, "--repeats", int) if text and "=" in text else text
 
 
 def _print_json(value: Any) -> None:
@@ -340,6 +401,7 @@ def _bytes(count: int) -> str:
 def main() -> None:
     """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, anything else with 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("shearling").setLevel(logging.INFO)
     try:
         app()
     except UserError as error:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from shearling.axes.shape import parse_target
 from shearling.errors import UserError, nearest, raise_all
 from shearling.masks.options import PAPER, Options
+from shearling.mixture.options import Options as Mixture
 
 RECIPE_FILE = "recipe.yaml"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -32,9 +33,26 @@ def parse_shape(value: object) -> dict[str, int]:
     return parse_target(str(value))
 
 
+def parse_shares(text: str, what: str, kind: type[int] | type[float] = float) -> dict[str, Any]:
+    """Numbers by domain, as a=.5,b=.5. Raises UserError."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            number = kind(value)
+        except ValueError as error:
+            raise UserError(what, found=repr(part), expected="domain=number", change="write as a=.5,b=.5") from error
+        if name in found:
+            raise UserError(what, found=f"{name!r} twice", expected="each domain once", change="leave one out")
+        found[name] = number
+    return found
+
+
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 Target = Annotated[dict[str, int], BeforeValidator(parse_shape)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+AtEnd = Literal["refuse", "stop", "redistribute", "repeat"]
+Count = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -55,7 +73,11 @@ class Training(Section):
     batch_tokens: Tokens | None = None
     seq_len: int | None = Field(None, gt=1)
     micro_sequences: int | None = Field(None, gt=0)
-    proportions: dict[str, float] | None = None  # left out: by tokens
+    mixture: Mixture = Mixture()
+    repeats: dict[str, Count] | Count | None = None  # readings of a domain; left out: unlimited
+    at_end: AtEnd = "refuse"  # when those are used up
+    separate_documents: bool = False  # kept apart in attention and positions; else packed
+    workers: int = Field(1, ge=0)  # threads that read ahead
     eval_windows: int = Field(64, gt=0)  # held-out windows a domain
     eval_every: int | None = Field(None, ge=0)  # steps; left out: a tenth of the run
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
@@ -87,8 +109,55 @@ class Prune(Training):
     decay: float = Field(0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with
 
 
+class Phase(Section):
+    """One of several phases of healing: whatever differs from the `heal` section that it stands in."""
+
+    tokens: Tokens | None = None
+    steps: int | None = Field(None, gt=0)
+    data: str | None = None  # a token store of its own, such as one of post-training text
+    lr: float | None = Field(None, gt=0)
+    batch_tokens: Tokens | None = None
+    seq_len: int | None = Field(None, gt=1)
+    micro_sequences: int | None = Field(None, gt=0)
+    mixture: Mixture | None = None
+    repeats: dict[str, Count] | Count | None = None
+    at_end: AtEnd | None = None
+    separate_documents: bool | None = None
+    schedule: Literal["trapezoid", "cosine"] | None = None
+    warmup: float | None = Field(None, ge=0, lt=1)
+    decay: float | None = Field(None, ge=0, le=1)
+
+
 class Heal(Training):
-    """Continued pre-training of the cut."""
+    """Continued pre-training of the cut, in one phase or in several."""
+
+    phases: list[Phase] = []
+
+    @model_validator(mode="after")
+    def _budgets(self) -> "Heal":
+        for number, phase in enumerate(self.phases):
+            if (phase.tokens is None) == (phase.steps is None):
+                found = f"tokens {phase.tokens} and steps {phase.steps}"
+                change = "give each phase a budget of its own"
+                raise UserError(f"phases.{number}", found=found, expected="one of them", change=change)
+        if self.phases and (self.tokens is not None or self.steps is not None):
+            change = "leave the section's own tokens or steps out"
+            raise UserError("heal", found="a budget beside phases", expected="those of the phases", change=change)
+        return self
+
+    def each_phase(self) -> "list[tuple[Heal, str | None]]":
+        """A section for each phase, whole, and the data of its own that it names.
+
+        The rate stays up between phases and rises only at the first: warm-up and decay are for the ends of the run.
+        """
+        if not self.phases:
+            return [(self, None)]
+        found, last = [], len(self.phases) - 1
+        for number, phase in enumerate(self.phases):
+            between = {"warmup": self.warmup if number == 0 else 0.0, "decay": self.decay if number == last else 0.0}
+            given = {name: value for name, value in phase if value is not None and name != "data"}
+            found.append((self.model_copy(update={"phases": [], **between, **given}), phase.data))
+        return found
 
 
 class Data(Section):
@@ -138,6 +207,7 @@ PAPER_PRUNE: dict[str, Any] = {
     "schedule": "cosine",
     "warmup": 0.1,
     "masks": asdict(PAPER),
+    "mixture": {"schedule": "dynamic", "rule": "paper", "every": 50},
 }
 
 

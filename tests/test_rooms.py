@@ -18,7 +18,7 @@ ROWS = (
     ("verbs",),
     ("recipe",),
     ("masks", "cut", "train", "teacher", "eval", "report"),
-    ("data", "loss", "weights", "record", "stage"),
+    ("data", "mixture", "loss", "weights", "record", "stage"),
     ("arch",),
     ("axes",),
 )

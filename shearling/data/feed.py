@@ -51,9 +51,7 @@ class Feed:
     def following(self, state: SamplerState, weights: Mapping[str, float]) -> tuple[list[Position], SamplerState]:
         """This rank's positions of the next batch, none at the data's end, and the state after it."""
         limits = {} if self.at_end == "repeat" else self.limits()
-        found, after = draw(
-            state, weights, self.sequences, limits=limits, redistribute=self.at_end == "redistribute"
-        )
+        found, after = draw(state, weights, self.sequences, limits=limits, redistribute=self.at_end == "redistribute")
         if len(found) < self.sequences:
             return [], state
         share = self.sequences // self.ranks

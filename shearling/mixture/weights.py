@@ -5,12 +5,14 @@ w: weights by domain, summing to 1; e: excess, how far a domain's loss is above 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import exp, fsum, inf, isfinite
 from typing import Literal
 
 from shearling.errors import UserError, nearest, raise_all
 
 SUM_TOLERANCE = 1e-6
+TINY = 1e-280  # no weight gets to 0, which it could never leave
 WARN_ABOVE = 0.9  # a share at which one domain is all that is trained on
 
 
@@ -91,7 +93,7 @@ def updated(
         return replace(mixture, updates=mixture.updates + 1), (*notes, "no domain had a loss: the weights stay")
     base = mixture.weights if rule.kind == "paper" else mixture.start
     highest = max(excess.values())  # taken off every exponent, so that none overflows
-    raw = {domain: base[domain] * exp(rule.eta * (excess.get(domain, 0.0) - highest)) for domain in base}
+    raw = {d: max(base[d] * exp(rule.eta * (excess.get(d, 0.0) - highest)), TINY) for d in base}
     weights = bounded(
         raw,
         floors={domain: rule.floor * share for domain, share in mixture.start.items()},
@@ -105,14 +107,14 @@ def bounded(raw: Mapping[str, float], *, floors: Mapping[str, float], caps: Mapp
     """Weights in the ratio of `raw` that sum to 1, each within its floor and cap; those at a bound leave the rest to
     the others.
 
-    The sum of clip(scale x raw) grows with the scale, so the scale is found between the bounds' own. Independent of the
-    domains' order.
+    `raw` is above 0. The sum of clip(scale x raw) grows with the scale, so the scale is found between the bounds' own.
+    Independent of the domains' order.
     """
     assert fsum(floors.values()) <= 1 + SUM_TOLERANCE <= fsum(caps.values()) + 2 * SUM_TOLERANCE
     # Beyond these the set of domains at a bound doesn't change, so the scale of those between is exact.
-    edges = sorted({bounds[d] / r for bounds in (floors, caps) for d, r in raw.items() if r > 0} | {0.0, inf})
-    for low, high in zip(edges, edges[1:], strict=False):
-        at_floor = [d for d, r in raw.items() if r <= 0 or floors[d] / r >= high]
+    edges = sorted({bounds[d] / r for bounds in (floors, caps) for d, r in raw.items()} | {0.0, inf})
+    for low, high in pairwise(edges):
+        at_floor = [d for d, r in raw.items() if floors[d] / r >= high]
         at_cap = [d for d, r in raw.items() if d not in at_floor and caps[d] / r <= low]
         free = [d for d in raw if d not in at_floor and d not in at_cap]
         fixed = fsum([floors[d] for d in at_floor] + [caps[d] for d in at_cap])

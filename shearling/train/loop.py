@@ -1,4 +1,4 @@
-"""The training loop. A step: draw, begin, forward and backward, the terms' part, clip, step, end, log, evaluate, mix."""
+"""The training loop: draw, begin, forward and backward, the terms' part, clip, step, end, log, evaluate, mix."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,15 +65,15 @@ def train(
             on_step(state.step, fields["loss"], state.mixture.excess)
         if state.step == settings.steps:
             break
-        mixes = steering is not None and state.step % steering.every == 0
+        mixing = steering if steering and state.step % steering.every == 0 else None
         measured = {}
-        if evaluate and (_is_due(state.step, settings.eval_every) or (mixes and steering.wants_held_out)):
+        if evaluate and (_is_due(state.step, settings.eval_every) or (mixing and mixing.wants_held_out)):
             measured["held_out"] = evaluate()
             log("held_out", step=state.step, tokens=state.tokens, losses=measured["held_out"])
-        if mixes:
+        if mixing:
             assert state.tally is not None
             trained = state.tally.by_domain(settings.domains)
-            mixture, said = steering(state.mixture, {**trained, **measured})
+            mixture, said = mixing(state.mixture, {**trained, **measured})
             log("mixture", step=state.step, tokens=state.tokens, **said)
             state = replace(state, mixture=mixture, tally=None)
     return state
@@ -83,9 +83,7 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _accumulate(
-    model: Any, batch: Batch, objective: Objective, settings: Settings, device: torch.device
-) -> Losses:
+def _accumulate(model: Any, batch: Batch, objective: Objective, settings: Settings, device: torch.device) -> Losses:
     """Gradients of the mean loss over a batch's targets, so many windows at a time; gives what it came to."""
     targets, found = max(1, batch.num_targets()), None  # counted before the batch goes to a device that would wait
     for micro in batch.split(settings.micro_sequences):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from shearling.data.feed import Feed, by_size
+from shearling.data.feed import Feed
 from shearling.data.store import Store
 from shearling.loss.held_out import held_out_losses
 from shearling.verbs.session import FORWARD_TOKENS, choose_device
@@ -40,7 +40,7 @@ def evaluate(
     source.check_store(store)
     seq_len = seq_len or source.seq_len()
     sequences = max(1, FORWARD_TOKENS // seq_len)
-    feed = Feed(store, by_size(store), seq_len, sequences, seed=0)
+    feed = Feed(store, seq_len, sequences, seed=0)
     loaded = load_model(source.folder, dtype=getattr(torch, dtype or "float32"), device=device)
     losses = held_out_losses(loaded, feed.held_out(limit=windows, sequences=sequences))
     counts = {d: max(1, store.window_count(d, "eval", seq_len)) for d in store.domains}

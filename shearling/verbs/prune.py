@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from shearling.record import Record, versions
 from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
+from shearling.verbs.aim import aimed, given
 from shearling.verbs.session import Session, Watch, unwatched
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.weights.model import load_model, reader
@@ -32,6 +33,7 @@ TOKENS_PER_PARAMETER = 4
 # At 15 to 60 steps the one-shot cut, healed for the same FLOPs, came out ahead in every comparison of benchmarks/; the
 # paper's masks had 3,200.
 MASKS_FROM_STEPS = 1000
+STEPS_BETWEEN_UPDATES = 50  # of the mixture, at most (Sheared-LLaMA)
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,15 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
     source, target, notes = open_target(model, asked)
     store = Store.open(Path(data))
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
-    session = Session.plan(asked, source, store, default_tokens=default_tokens)
+    session = Session.plan(
+        asked, source, store, default_tokens=default_tokens, most_between_updates=STEPS_BETWEEN_UPDATES
+    )
+    references = given(asked.mixture, session)
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
-    identity = {"verb": "prune", "model": source.fingerprint, "data": store.digest}
-    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json")})
+    identity = {"verb": "prune", "model": source.fingerprint, "data": store.digest, "references": references}
+    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json", exclude={"workers"})})
     if stage.done:
         return _read_back(stage.out)
     for note in notes:
@@ -103,11 +108,12 @@ class Pruning:
         model = load_model(source.folder, device=session.device)
         before = session.losses(model)
         record.write("held_out", step=0, of="source", losses=before)
-        calibration = session.feed.calibration(self.asked.calibration_windows)
+        calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
         importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
         misses, flops, read = (), 0.0, source.read
         if self.asked.method == "masks" and self.target != source.shape:
-            cut, misses = self.learn(model, importance, record, watch)
+            aim = aimed(session, self.asked.mixture, lambda: (before, "the source's own losses"))
+            cut, misses = replace(self, session=aim).learn(model, importance, record, watch)
             flops, read = session.flops(source, source.shape), reader(model)
         else:
             cut = self.score(importance)
@@ -157,17 +163,20 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        train(
-            model,
-            settings=session.settings,
-            state=session.state(),
-            draw=session.feed.draw,
-            optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
-            terms=[term],
-            evaluate=held_out,
-            log=record.write,
-            on_step=watch("learning masks", steps),
-        )
+        with session.feed.reading() as reading:
+            train(
+                model,
+                settings=session.settings,
+                state=session.state(),
+                draw=reading.draw,
+                objective=session.objective(),
+                optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
+                terms=[term],
+                evaluate=held_out,
+                steering=session.steering,
+                log=record.write,
+                on_step=watch("learning masks", steps),
+            )
         kept = gates.kept()
         misses = tuple(str(miss) for miss in gates.misses(kept))
         for miss in misses:
@@ -188,6 +197,7 @@ class Pruning:
             "shape": dict(self.target),
             "kept": kept.to_json(),
             "method": self.asked.method,
+            "measured": self.session.measured_on(),
             "pruned": figures(result),
         }
 

@@ -28,7 +28,9 @@ def store(tmp_path):
 
 def test_a_batch_is_the_windows_of_its_positions(store):
     positions = [Position("wiki", 3), Position("code", 0), Position("wiki", 12)]
-    found = batch(store, positions, seq_len=10, seed=5)
+    made = batch(store, positions, seq_len=10, seed=5)
+    found = made.ids
+    assert (made.domains, made.counted, made.starts) == ((0, 1, 0), None, None)
     assert (found.dtype, found.shape) == (torch.int64, (3, 11))
     for row, position in zip(found.tolist(), positions, strict=True):
         count, first = (10, 0) if position.domain == "wiki" else (3, 200)
@@ -38,7 +40,7 @@ def test_a_batch_is_the_windows_of_its_positions(store):
 
 def test_an_epoch_predicts_every_token_once(store):
     positions, _ = draw(SamplerState.start(store.domains), {"wiki": 10, "code": 3}, 13)
-    targets = batch(store, positions, seq_len=10, seed=0)[:, 1:].flatten()
+    targets = batch(store, positions, seq_len=10, seed=0).ids[:, 1:].flatten()
     assert sorted(targets.tolist()) == [*range(1, 101), *range(201, 231)]
 
 
