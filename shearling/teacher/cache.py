@@ -20,7 +20,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from shearling.errors import UserError, raise_all
-from shearling.teacher.sparse import KINDS, Kind, KindName
+from shearling.teacher.options import KindName
+from shearling.teacher.sparse import KINDS, Kind
 
 MANIFEST = "manifest.json"
 SUMS = np.dtype("<u4")

@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from shearling.errors import UserError, raise_all
+from shearling.teacher.options import Weights
 from shearling.weights.model import load_model
-
-Weights = Literal["as_is", "int8"]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ ids one that is closer at each token and biased. Over 4,096 tokens draws came 1.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shearling.loss.distillation import Sparse
+from shearling.teacher.options import KindName
 
 
 class Kind(Protocol):
@@ -88,7 +89,6 @@ class Sampled:
         return Sparse(ids, torch.full(ids.shape, 1 / self.k), negative_entropy)
 
 
-KindName = Literal["top_k", "sampled"]
 KINDS: Mapping[KindName, type[TopK] | type[Sampled]] = {"top_k": TopK, "sampled": Sampled}
 
 
