@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shearling import __version__
 from shearling.errors import UserError
+
+if TYPE_CHECKING:
+    from shearling.loss.held_out import Measured
 
 app = typer.Typer(
     add_completion=False,
@@ -250,7 +253,7 @@ def eval_(
     dtype: Annotated[str | None, typer.Option(help="To compute in; left out, float32.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss per domain, in nats per token."""
+    """Held-out loss per domain, with its standard error over documents, per byte, and as perplexity."""
     from shearling.recipe import Eval, validated
 
     asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
@@ -262,7 +265,51 @@ def eval_(
         _print_json(result)
         return
     print(f"{model}: {result.parameters:,} parameters, windows of {result.seq_len} tokens")
-    _losses({"loss": result.losses})
+    _figures(result.figures)
+
+
+@app.command(
+    epilog="Example: `shearling reference --scaling-law losses.yaml --size 1.3B --data store --out reference.json`"
+)
+def reference(
+    from_source: Annotated[str | None, typer.Option(help="The model whose own held-out losses to take.")] = None,
+    scaling_law: Annotated[
+        str | None, typer.Option(help="A YAML or JSON file: sizes: [...], losses: {domain: [...]}.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="With --scaling-law: parameters of the small model, as 1.3B.")
+    ] = None,
+    given: Annotated[str | None, typer.Option(help="The losses themselves, as wiki=1.9,code=0.8.")] = None,
+    data: Annotated[str | None, typer.Option(help="The token store that they are for.")] = None,
+    seq_len: SeqLen = None,
+    windows: Annotated[int | None, typer.Option(help="Held-out windows a domain; left out, as many as heal.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="To compute in; left out, float32.")] = None,
+    out: Annotated[str | None, typer.Option(help="The file to write, for `heal --reference`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Losses per domain that a smaller model should reach: its source's, a scaling law's, or given."""
+    from shearling.recipe import Eval, validated
+
+    asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+
+    from shearling.verbs.reference import check_out, write_reference
+    from shearling.verbs.reference import reference as find
+
+    if out is not None:
+        check_out(Path(out))
+    found = find(from_source=from_source, scaling_law=scaling_law, given=given, size=size, data=data, asked=asked)
+    if out is not None:
+        write_reference(found, Path(out))
+    if as_json:
+        _print_json(found.losses)
+    else:
+        print(found.how)
+        _rows(("domain", "nats per token"), [(domain, f"{loss:.4f}") for domain, loss in found.losses.items()])
+    for note in found.notes:
+        print(note, file=sys.stderr if as_json else sys.stdout)
+    if out is not None and not as_json:
+        _say_done(out, False)
 
 
 @app.command(epilog="Example: `shearling run recipes/stories260k.yaml --set heal.tokens=2M`")
@@ -385,6 +432,29 @@ def _losses(columns: Mapping[str, Mapping[str, float]]) -> None:
     rows = [(d, *(f"{losses[d]:.4f}" for losses in columns.values())) for d in domains]
     means = (f"{sum(losses.values()) / len(losses):.4f}" for losses in columns.values())
     _rows(("held-out loss", *columns), [*rows, ("mean", *means)])
+
+
+def _figures(figures: Mapping[str, "Measured"]) -> None:
+    """All figures of a measurement, a row a domain, and the mean loss."""
+    head = ("held-out loss", "nats per token", "standard error", "nats per byte", "perplexity", "tokens", "documents")
+    rows = [
+        (
+            domain,
+            f"{found.nats_per_token:.4f}",
+            _or_dash(found.standard_error),
+            _or_dash(found.nats_per_byte),
+            f"{found.perplexity:,.2f}",
+            f"{found.tokens:,}",
+            f"{found.documents:,}",
+        )
+        for domain, found in figures.items()
+    ]
+    mean = sum(found.nats_per_token for found in figures.values()) / len(figures)
+    _rows(head, [*rows, ("mean", f"{mean:.4f}", "", "", "", "", "")])
+
+
+def _or_dash(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.4f}"
 
 
 def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

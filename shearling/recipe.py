@@ -68,22 +68,22 @@ class Training(Section):
     """What pruning and healing share. What is left out is chosen from the model's size, the budget and the data."""
 
     tokens: Tokens | None = None
-    steps: int | None = Field(None, gt=0)
-    lr: float | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     batch_tokens: Tokens | None = None
-    seq_len: int | None = Field(None, gt=1)
-    micro_sequences: int | None = Field(None, gt=0)
+    seq_len: int | None = Field(default=None, gt=1)
+    micro_sequences: int | None = Field(default=None, gt=0)
     mixture: Mixture = Mixture()
     repeats: dict[str, Count] | Count | None = None  # readings of a domain; left out: unlimited
     at_end: AtEnd = "refuse"  # when those are used up
     separate_documents: bool = False  # kept apart in attention and positions; else packed
-    workers: int = Field(1, ge=0)  # threads that read ahead
-    eval_windows: int = Field(64, gt=0)  # held-out windows a domain
-    eval_every: int | None = Field(None, ge=0)  # steps; left out: a tenth of the run
+    workers: int = Field(default=1, ge=0)  # threads that read ahead
+    eval_windows: int = Field(default=64, gt=0)  # held-out windows a domain
+    eval_every: int | None = Field(default=None, ge=0)  # steps; left out: a tenth of the run
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
-    warmup: float = Field(0.03, ge=0, lt=1)
-    decay: float = Field(1.0, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    decay: float = Field(default=1.0, ge=0, le=1)
+    clip_norm: float = Field(default=1.0, gt=0)
     seed: int = 0
     device: str | None = None
     dtype: Dtype | None = None  # of the result; left out: the source's
@@ -104,28 +104,28 @@ class Prune(Training):
 
     to: Target
     method: Literal["auto", "masks", "activation"] = "auto"
-    calibration_windows: int = Field(128, gt=0)
+    calibration_windows: int = Field(default=128, gt=0)
     masks: Options = Options()
-    decay: float = Field(0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with
+    decay: float = Field(default=0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with
 
 
 class Phase(Section):
     """One of several phases of healing: whatever differs from the `heal` section that it stands in."""
 
     tokens: Tokens | None = None
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     data: str | None = None  # a token store of its own, such as one of post-training text
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     batch_tokens: Tokens | None = None
-    seq_len: int | None = Field(None, gt=1)
-    micro_sequences: int | None = Field(None, gt=0)
+    seq_len: int | None = Field(default=None, gt=1)
+    micro_sequences: int | None = Field(default=None, gt=0)
     mixture: Mixture | None = None
     repeats: dict[str, Count] | Count | None = None
     at_end: AtEnd | None = None
     separate_documents: bool | None = None
     schedule: Literal["trapezoid", "cosine"] | None = None
-    warmup: float | None = Field(None, ge=0, lt=1)
-    decay: float | None = Field(None, ge=0, le=1)
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    decay: float | None = Field(default=None, ge=0, le=1)
 
 
 class Heal(Training):
@@ -164,15 +164,15 @@ class Data(Section):
     """Documents to tokenise: files, folders, folders of folders."""
 
     inputs: list[str]
-    held_out: float = Field(0.01, gt=0, lt=1)
+    held_out: float = Field(default=0.01, gt=0, lt=1)
     seed: int = 0
 
 
 class Eval(Section):
     """Held-out loss of a model as it is."""
 
-    seq_len: int | None = Field(None, gt=1)
-    windows: int | None = Field(None, gt=0)  # a domain; left out: all
+    seq_len: int | None = Field(default=None, gt=1)
+    windows: int | None = Field(default=None, gt=0)  # a domain; left out: all
     device: str | None = None
     dtype: Dtype | None = None  # to compute in; left out: float32
 
@@ -224,21 +224,24 @@ def validated(kind: type[S], values: Mapping[str, Any], *, under: str = "") -> S
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key.key=value` overrides. Raises UserError for whatever doesn't fit."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise UserError(
-            f"recipe {path}", found=error.strerror, expected="a YAML file", change="check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}", found=str(error), expected="YAML", change="mend the file") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"recipe {path}", found=type(values).__name__, expected="keys and values", change="see recipes/"
-        )
+    values = read_mapping(path, what="recipe", change="see recipes/")
     for setting in settings:
         _override(values, setting)
     return validated(Recipe, values)
+
+
+def read_mapping(path: Path, *, what: str, change: str = "mend the file") -> dict[str, Any]:
+    """The keys and values of a YAML file, of which JSON is a kind; `what` it is. Raises UserError, a key twice too."""
+    what = f"{what} {path}"
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise UserError(what, found=error.strerror, expected="a YAML file", change="check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(what, found=str(error), expected="YAML", change="mend the file") from error
+    if not isinstance(values, dict):
+        raise UserError(what, found=type(values).__name__, expected="keys and values", change=change)
+    return values
 
 
 def write_recipe(recipe: Recipe, out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from shearling.data.batch import Batch
-from shearling.data.loader import batch, check_windows, held_out
+from shearling.data.loader import HeldOut, batch, check_windows, held_out
 from shearling.data.prefetch import Prefetch
 from shearling.data.sampler import Position, SamplerState, draw, slots_until_end
 from shearling.data.store import Store
@@ -80,7 +80,7 @@ class Feed:
         total = sum(weights.values())
         return {d: steps * self.sequences * w / total / self.windows(d) for d, w in weights.items()}
 
-    def held_out(self, *, limit: int | None, sequences: int) -> dict[str, Iterator[Tensor]]:
+    def held_out(self, *, limit: int | None, sequences: int) -> dict[str, Iterator[HeldOut]]:
         """The same held-out windows each time, at most `limit` a domain, so many sequences at once."""
         return {
             domain: held_out(self.store, domain, seq_len=self.seq_len, limit=limit, sequences=sequences)

@@ -4,6 +4,7 @@ B: sequences, T: seq_len.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,19 @@ from shearling.data.store import Store, span
 from shearling.errors import UserError, raise_all
 
 HELD_OUT_SEQUENCES = 8  # a batch's logits at 2,048 tokens and 32,000 ids stay near 2 GB in fp32
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows to measure on: `ids` and the split's `documents` that they belong to, both int64 [B, T + 1].
+
+    `counted` [B, T + 1] is 0 where a token's loss doesn't count; None where all do. Without `documents` nobody knows
+    where one ends.
+    """
+
+    ids: torch.Tensor
+    documents: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
 
 
 def check_windows(store: Store, domains: Sequence[str], *, seq_len: int) -> None:
@@ -69,20 +83,36 @@ def _starts(store: Store, domain: str, index: int, seq_len: int) -> np.ndarray:
 
 def held_out(
     store: Store, domain: str, *, seq_len: int, limit: int | None = None, sequences: int = HELD_OUT_SEQUENCES
-) -> Iterator[torch.Tensor]:
-    """The held-out windows of a domain in batches, int64 [B, T + 1] with B <= sequences; always the same ones.
+) -> Iterator[HeldOut]:
+    """The held-out windows of a domain in batches, [B, T + 1] with B <= sequences; always the same ones.
 
-    At most `limit` windows, spread evenly over the split. A split shorter than one window gives one tensor
-    [1, tokens] of all there is.
+    At most `limit` windows, spread evenly over the split. A split shorter than one window gives one of all there is,
+    [1, tokens].
     """
     assert sequences >= 1
     assert limit is None or limit >= 1
     available = store.window_count(domain, "eval", seq_len)
     if available == 0:
-        yield torch.from_numpy(store.tokens(domain, "eval").astype(np.int64))[None]
+        tokens = int(store.offsets(domain, "eval")[-1])
+        yield _held_out(store, domain, store.tokens(domain, "eval").astype(np.int64)[None], [slice(0, tokens)])
         return
     count = available if limit is None else min(limit, available)
     chosen = [number * available // count for number in range(count)]
     for start in range(0, count, sequences):
-        windows = [store.window(domain, "eval", index, seq_len) for index in chosen[start : start + sequences]]
-        yield torch.from_numpy(np.stack(windows))
+        indices = chosen[start : start + sequences]
+        windows = np.stack([store.window(domain, "eval", index, seq_len) for index in indices])
+        yield _held_out(store, domain, windows, [span(index, seq_len) for index in indices])
+
+
+def bytes_per_token(store: Store) -> dict[str, float]:
+    """UTF-8 bytes of text per token of each domain's eval split: nats per token over this are nats per byte."""
+    return {d: store.text_bytes(d, "eval") / int(store.offsets(d, "eval")[-1]) for d in store.domains}
+
+
+def _held_out(store: Store, domain: str, ids: np.ndarray, spans: Sequence[slice]) -> HeldOut:
+    # uint64 like the offsets: with int64 numpy would copy all of them to float64.
+    positions = np.stack([np.arange(s.start, s.stop, dtype=np.uint64) for s in spans])
+    documents = np.searchsorted(store.offsets(domain, "eval"), positions, side="right") - 1
+    mask = store.loss_mask(domain, "eval")
+    counted = None if mask is None else torch.from_numpy(np.stack([mask[s] for s in spans]))
+    return HeldOut(torch.from_numpy(ids), torch.from_numpy(documents), counted)

@@ -21,6 +21,16 @@ def next_token_loss(model: Any, ids: Tensor) -> Tensor:
     return head_loss(hidden, weight, targets) / targets.numel()
 
 
+@torch.no_grad()
+def token_losses(model: Any, ids: Tensor) -> Tensor:
+    """Nats of each predicted token of ids [B, T + 1], fp32 [B, T], without gradients."""
+    hidden, weight = head_inputs(model, hidden_states(model, ids[:, :-1]))
+    targets = ids[:, 1:]
+    chunks = zip(hidden.flatten(0, -2).split(CHUNK_TOKENS), targets.flatten().split(CHUNK_TOKENS), strict=True)
+    parts = [functional.cross_entropy((h @ weight.T).float(), t, reduction="none") for h, t in chunks]
+    return torch.cat(parts).view(targets.shape)
+
+
 def hidden_states(model: Any, ids: Tensor, *, position_ids: Tensor | None = None) -> Tensor:
     """What the head reads, [B, T, D], for ids [B, T]."""
     return model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from shearling.data.loader import bytes_per_token
 from shearling.errors import UserError
 from shearling.loss.held_out import held_out_losses
 from shearling.mixture.options import Options
-from shearling.mixture.reference import load_reference
+from shearling.verbs.reference import load_reference
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
 from shearling.weights.model import load_model
@@ -23,7 +24,7 @@ def given(options: Options, session: Session) -> Mapping[str, float] | None:
         options.reference,
         domains=store.domains,
         tokenizer=store.fingerprint,
-        bytes_per_token={d: store.text_bytes(d, "eval") / len(store.tokens(d, "eval")) for d in store.domains},
+        bytes_per_token=bytes_per_token(store),
     )
 
 

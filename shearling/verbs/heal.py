@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from shearling.data.store import Store
+from shearling.loss.held_out import by_domain
 from shearling.recipe import Heal
 from shearling.record import Record, versions
 from shearling.stage import Stage
@@ -30,7 +31,10 @@ STEPS_BETWEEN_UPDATES = 400  # of the mixture, at most (Sheared-LLaMA)
 
 @dataclass(frozen=True)
 class Healed:
-    """What healing came to: held-out losses in nats per token, by domain, on the windows of the first phase."""
+    """What healing came to: held-out losses in nats per token by domain, with the standard errors of the last ones.
+
+    They are taken on the windows of the first phase.
+    """
 
     out: Path
     parameters: int
@@ -38,6 +42,7 @@ class Healed:
     losses: Mapping[str, float]
     tokens: int
     flops: float
+    standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     done_before: bool = False
 
 
@@ -68,6 +73,7 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
         return Healing(source, phases, asked, folder, stage.out).run(watch)
 
 
+<<<<<<< HEAD
 def _plan(asked: Heal, source: Source, data: str) -> PhasePlan:
     budget = TOKENS_PER_PARAMETER * source.parameters
     store = Store.open(Path(data))
@@ -96,14 +102,14 @@ class Healing:
         source, first, record = self.source, self.phases[0].session, Record(self.folder / "record.jsonl")
         record.write("heal", versions=versions(), **first.describe())
         model = load_model(source.folder, device=first.device)
-        before = first.losses(model)
-        record.write("held_out", step=0, of="cut", losses=before)
+        before = first.measure(model)
+        record.write("held_out", step=0, of="cut", **by_domain(before))
         first.prepare(model, self.asked)
         optimizer, states = adamw(model.parameters(), lr=first.lr), []
         for number, phase in enumerate(self.phases):
             states.append(self.train(model, number, phase, states, optimizer, record, watch))
-        after = first.losses(model)
-        record.write("held_out", step=states[-1].step, of="healed", losses=after)
+        after = by_domain(first.measure(model))
+        record.write("held_out", step=states[-1].step, of="healed", **after)
         layers = tuple(range(source.shape["num_hidden_layers"]))
         source.save(self.folder, shape=source.shape, layers=layers, dtype=self.asked.dtype, tensor=reader(model))
         tokens = [0, *(state.tokens for state in states)]
@@ -111,8 +117,9 @@ class Healing:
         result = Healed(
             out=self.out,
             parameters=source.parameters,
-            losses_before=before,
-            losses=after,
+            losses_before=by_domain(before)["losses"],
+            losses=after["losses"],
+            standard_errors=after["standard_errors"],
             tokens=tokens[-1],
             flops=sum(p.session.flops(source, source.shape, tokens=n) for p, n in zip(self.phases, spent, strict=True)),
         )
@@ -137,6 +144,7 @@ class Healing:
             record.write("phase", number=number + 1, **session.describe())
         if before:
             state = session.state(after=before[-1], last=self.phases[number - 1].session)
+        record.write("mixture", step=0, tokens=state.tokens, **session.describe_mixture())
         for group in optimizer.param_groups:
             group["peak_lr"] = session.lr
         with session.feed.reading() as reading:
@@ -152,3 +160,37 @@ class Healing:
                 log=record.write,
                 on_step=watch(title, session.settings.steps),
             )
+=======
+def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path, watch: Watch) -> Healed:
+    record = Record(folder / "record.jsonl")
+    record.write("heal", versions=versions(), **session.describe())
+    model = load_model(source.folder, device=session.device)
+    before = by_domain(session.measure(model))
+    record.write("held_out", step=0, of="cut", **before)
+    session.prepare(model, asked)
+    state = train(
+        model,
+        settings=session.settings,
+        state=session.state(),
+        draw=session.feed.draw,
+        optimizers=[adamw(model.parameters(), lr=session.lr)],
+        evaluate=session.evaluate(model),
+        log=record.write,
+        on_step=watch("healing", session.settings.steps),
+    )
+    after = by_domain(session.measure(model))
+    record.write("held_out", step=state.step, of="healed", **after)
+    layers = tuple(range(source.shape["num_hidden_layers"]))
+    source.save(folder, shape=source.shape, layers=layers, dtype=asked.dtype, tensor=reader(model))
+    result = Healed(
+        out=out,
+        parameters=source.parameters,
+        losses_before=before["losses"],
+        losses=after["losses"],
+        standard_errors=after["standard_errors"],
+        tokens=state.tokens,
+        flops=session.flops(source, source.shape),
+    )
+    write_origin(folder, {**source.origin(), "healed": figures(result)})
+    return result
+>>>>>>> losses

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from shearling.axes.shape import Shape, resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
+from shearling.loss.held_out import by_domain
 from shearling.masks.attach import Attached
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.relaxations import make_gates
@@ -38,7 +39,7 @@ STEPS_BETWEEN_UPDATES = 50  # of the mixture, at most (Sheared-LLaMA)
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a prune came to: held-out losses in nats per token, by domain."""
+    """What a prune came to: held-out losses in nats per token, by domain, and the standard errors of the cut's."""
 
     out: Path
     source_parameters: int
@@ -48,6 +49,7 @@ class Pruned:
     flops: float = 0.0
     misses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     done_before: bool = False
 
 
@@ -106,13 +108,17 @@ class Pruning:
         chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
         record.write("prune", **chosen, versions=versions(), **session.describe())
         model = load_model(source.folder, device=session.device)
-        before = session.losses(model)
-        record.write("held_out", step=0, of="source", losses=before)
+        before = by_domain(session.measure(model))
+        record.write("held_out", step=0, of="source", **before)
+<<<<<<< HEAD
         calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
+=======
+        calibration = session.feed.calibration(self.asked.calibration_windows)
+>>>>>>> losses
         importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
         misses, flops, read = (), 0.0, source.read
         if self.asked.method == "masks" and self.target != source.shape:
-            aim = aimed(session, self.asked.mixture, lambda: (before, "the source's own losses"))
+            aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
             cut, misses = replace(self, session=aim).learn(model, importance, record, watch)
             flops, read = session.flops(source, source.shape), reader(model)
         else:
@@ -126,14 +132,15 @@ class Pruning:
             dtype=self.asked.dtype,
             tensor=lambda row, layer: cut.tensor(row, layer, read),
         )
-        after = session.losses(load_model(self.folder, device=session.device))
-        record.write("held_out", step=session.settings.steps, of="cut", losses=after)
+        after = by_domain(session.measure(load_model(self.folder, device=session.device)))
+        record.write("held_out", step=session.settings.steps, of="cut", **after)
         result = Pruned(
             out=self.out,
             source_parameters=source.parameters,
             parameters=parameters(source.family, config),
-            source_losses=before,
-            losses=after,
+            source_losses=before["losses"],
+            losses=after["losses"],
+            standard_errors=after["standard_errors"],
             flops=flops,
             misses=misses,
             notes=self.notes,
@@ -163,6 +170,7 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
+        record.write("mixture", step=0, tokens=0, **session.describe_mixture())
         with session.feed.reading() as reading:
             train(
                 model,
@@ -182,7 +190,7 @@ class Pruning:
         for miss in misses:
             log.warning("off target before the cut: %s", miss)
         masks = {axis: mask.cpu() for axis, mask in term.settle().items()}
-        record.write("held_out", step=steps, of="masked", losses=session.losses(model))
+        record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         attached.remove()
         return Cut(source.family, source.config, self.target, kept, masks=masks), misses

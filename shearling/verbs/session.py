@@ -11,9 +11,10 @@ import torch
 from shearling.axes.count import flops_per_token
 from shearling.axes.shape import Shape
 from shearling.data.feed import Feed, by_size
+from shearling.data.loader import bytes_per_token
 from shearling.data.store import Store
 from shearling.errors import UserError, nearest, raise_all
-from shearling.loss.held_out import held_out_losses
+from shearling.loss.held_out import Measured, measure
 from shearling.mixture.options import Signal
 from shearling.mixture.steering import Steered
 from shearling.mixture.weights import Mixture, check_weights
@@ -114,24 +115,27 @@ class Session:
     def objective(self) -> Objective:
         return NextToken(len(self.settings.domains))
 
-    def losses(self, model: Any) -> dict[str, float]:
-        """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
-        losses = held_out_losses(
-            model, self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
-        )
+    def measure(self, model: Any) -> dict[str, Measured]:
+        """Held-out figures by domain of a model as it is. Raises UserError where a loss isn't finite."""
+        windows = self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
+        measured = measure(model, windows, bytes_per_token=bytes_per_token(self.feed.store))
         raise_all(
             [
                 UserError(
                     f"held-out loss of {domain!r}",
-                    found=loss,
+                    found=figures.nats_per_token,
                     expected="a finite loss",
                     change=f"lower --lr: it was {self.lr:.3g}, and training diverged",
                 )
-                for domain, loss in losses.items()
-                if not isfinite(loss)
+                for domain, figures in measured.items()
+                if not isfinite(figures.nats_per_token)
             ]
         )
-        return losses
+        return measured
+
+    def losses(self, model: Any) -> dict[str, float]:
+        """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
+        return {domain: figures.nats_per_token for domain, figures in self.measure(model).items()}
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
@@ -165,18 +169,22 @@ class Session:
             "lr": self.lr,
             "device": self.device,
             "autocast": str(s.autocast),
-            "mixture": dict(self.mixture.weights),
-            "steering": self._steering(),
-            "readings": self.feed.readings(self.mixture.weights, s.steps),
-            "notes": list(self.notes),
             "seed": self.feed.seed,
         }
 
-    def _steering(self) -> str:
-        if self.steering is None:
-            return "constant"
+    def describe_mixture(self) -> dict[str, Any]:
+        """The mixture that the run starts with, and what will change it, for the record.
+
+        `readings`: how often the run reads each domain if the weights stay.
+        """
         s = self.steering
-        return f"{s.rule.kind}, by {s.signal} losses, every {s.every} steps"
+        return {
+            "weights": dict(self.mixture.weights),
+            "references": dict(s.references) if s else {},
+            "steering": f"{s.rule.kind}, by {s.signal} losses, every {s.every} steps" if s else "constant",
+            "readings": self.feed.readings(self.mixture.weights, self.settings.steps),
+            "notes": list(self.notes),
+        }
 
     def _end_notes(self) -> tuple[str, ...]:
         """When limited domains run out, at the weights it starts with. Raises UserError where they may not."""

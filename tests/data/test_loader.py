@@ -68,11 +68,13 @@ def test_no_window_is_too_little_data(store):
 def test_held_out_windows_are_the_same_and_evenly_spread(store, limit, sequences, shapes, starts):
     for _ in range(2):
         batches = list(held_out(store, "wiki", seq_len=10, limit=limit, sequences=sequences))
-        assert [tuple(found.shape) for found in batches] == [(size, 11) for size in shapes]
-        assert torch.cat(batches)[:, 0].tolist() == starts
+        assert [tuple(found.ids.shape) for found in batches] == [(size, 11) for size in shapes]
+        assert torch.cat([found.ids for found in batches])[:, 0].tolist() == starts
 
 
 def test_a_short_held_out_split_is_one_short_window(store):
     (only,) = held_out(store, "code", seq_len=10, limit=7)
-    assert only.dtype == torch.int64
-    assert only.tolist() == [[200, 201, 202, 203]]
+    assert only.ids.dtype == torch.int64
+    assert only.ids.tolist() == [[200, 201, 202, 203]]
+    assert only.documents is not None
+    assert only.documents.tolist() == [[0, 0, 0, 0]]

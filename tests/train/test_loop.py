@@ -8,6 +8,7 @@ import torch
 from small_models import small, tokens
 
 from shearling.data.batch import Batch
+from shearling.data.loader import HeldOut
 from shearling.loss.cross_entropy import head_loss, next_token_loss
 from shearling.loss.held_out import held_out_losses
 from shearling.mixture.weights import Mixture
@@ -33,7 +34,7 @@ def run(*, micro: int, steps: int = 4, stop: int | None = None, autocast: torch.
         eval_every=2,
         autocast=autocast,
     )
-    held = {"a": [tokens(40, seed=99)]}
+    held = {"a": [HeldOut(tokens(40, seed=99))]}
     state = train(
         made.model,
         settings=settings,
@@ -194,8 +195,8 @@ def test_chunks_give_the_plain_loss_and_gradients() -> None:
 def test_held_out_loss_is_the_same_at_any_batch_size() -> None:
     made = small("mistral")
     ids = tokens(40, sequences=6)
-    together = held_out_losses(made.model, {"d": [ids]})["d"]
-    apart = held_out_losses(made.model, {"d": ids.split(1)})["d"]
+    together = held_out_losses(made.model, {"d": [HeldOut(ids)]})["d"]
+    apart = held_out_losses(made.model, {"d": map(HeldOut, ids.split(1))})["d"]
     assert apart == pytest.approx(together, rel=1e-6)
 
 
