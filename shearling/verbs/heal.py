@@ -73,7 +73,6 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
         return Healing(source, phases, asked, folder, stage.out).run(watch)
 
 
-<<<<<<< HEAD
 def _plan(asked: Heal, source: Source, data: str) -> PhasePlan:
     budget = TOKENS_PER_PARAMETER * source.parameters
     store = Store.open(Path(data))
@@ -160,37 +159,3 @@ class Healing:
                 log=record.write,
                 on_step=watch(title, session.settings.steps),
             )
-=======
-def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path, watch: Watch) -> Healed:
-    record = Record(folder / "record.jsonl")
-    record.write("heal", versions=versions(), **session.describe())
-    model = load_model(source.folder, device=session.device)
-    before = by_domain(session.measure(model))
-    record.write("held_out", step=0, of="cut", **before)
-    session.prepare(model, asked)
-    state = train(
-        model,
-        settings=session.settings,
-        state=session.state(),
-        draw=session.feed.draw,
-        optimizers=[adamw(model.parameters(), lr=session.lr)],
-        evaluate=session.evaluate(model),
-        log=record.write,
-        on_step=watch("healing", session.settings.steps),
-    )
-    after = by_domain(session.measure(model))
-    record.write("held_out", step=state.step, of="healed", **after)
-    layers = tuple(range(source.shape["num_hidden_layers"]))
-    source.save(folder, shape=source.shape, layers=layers, dtype=asked.dtype, tensor=reader(model))
-    result = Healed(
-        out=out,
-        parameters=source.parameters,
-        losses_before=before["losses"],
-        losses=after["losses"],
-        standard_errors=after["standard_errors"],
-        tokens=state.tokens,
-        flops=session.flops(source, source.shape),
-    )
-    write_origin(folder, {**source.origin(), "healed": figures(result)})
-    return result
->>>>>>> losses

@@ -110,11 +110,7 @@ class Pruning:
         model = load_model(source.folder, device=session.device)
         before = by_domain(session.measure(model))
         record.write("held_out", step=0, of="source", **before)
-<<<<<<< HEAD
         calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
-=======
-        calibration = session.feed.calibration(self.asked.calibration_windows)
->>>>>>> losses
         importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
         misses, flops, read = (), 0.0, source.read
         if self.asked.method == "masks" and self.target != source.shape:
