@@ -140,6 +140,19 @@ def test_the_hidden_state_term(checkpointing: bool) -> None:
         assert_close(grads[name], parameter.grad, name)
 
 
+def test_the_student_comes_nearer() -> None:
+    source, found, made = teacher(), batch(), small("llama")
+    objective, optimizer = distilled(source, share=1.0), torch.optim.Adam(made.model.parameters(), lr=1e-2)
+    apart = []
+    for _ in range(20):
+        losses = objective(made.model, found)
+        apart.append(losses.means()["kl"])
+        (losses.total / found.num_targets()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert apart[-1] < 0.5 * apart[0]
+
+
 def test_documents_kept_apart_are_so_for_the_teacher() -> None:
     """Where the second document starts changes what the teacher says of it, and the boundary isn't asked for."""
     source, plain = teacher(), batch()

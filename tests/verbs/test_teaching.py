@@ -55,8 +55,6 @@ def test_a_live_teacher_with_hidden_states(cut, model_folder, session) -> None:
     for step in steps:
         blend = (1 - step["kl_share"]) * step["loss"] + step["kl_share"] * step["kl"] + 0.1 * step["hidden"]
         assert step["objective"] == pytest.approx(blend, rel=1e-4)
-    assert steps[-1]["kl"] < steps[0]["kl"]
-    assert steps[-1]["hidden"] < steps[0]["hidden"]
 
 
 @pytest.mark.parametrize("kind", ["sampled", "top_k"])
