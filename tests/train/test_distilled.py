@@ -146,7 +146,7 @@ def test_the_student_comes_nearer() -> None:
     apart = []
     for _ in range(20):
         losses = objective(made.model, found)
-        apart.append(losses.means()["kl"])
+        apart.append(losses.detached().means()["kl"])
         (losses.total / found.num_targets()).backward()
         optimizer.step()
         optimizer.zero_grad()
