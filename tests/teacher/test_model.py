@@ -44,6 +44,19 @@ def test_int8_weights_need_torchao(folder, monkeypatch) -> None:
         load_teacher(folder, weights="int8")
 
 
+def test_int8_weights(folder) -> None:
+    """The tied embedding and head stay as they are; the rest is off by what eight bits are."""
+    pytest.importorskip("torchao")
+    ids = tokens(40)
+    plain, small = (load_teacher(folder, weights=weights) for weights in ("as_is", "int8"))
+    assert type(small.lm_head.weight) is type(plain.lm_head.weight)
+    assert type(small.model.layers[0].mlp.up_proj.weight) is not type(plain.model.layers[0].mlp.up_proj.weight)
+    assert not any(parameter.requires_grad for parameter in small.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one, two = (LiveTeacher(model)(Batch(ids, (0, 0))).taught.logits(slice(None)) for model in (plain, small))
+    assert float((one - two).norm() / one.norm()) < 0.05
+
+
 def test_another_vocabulary_or_tokenizer_is_refused() -> None:
     student = Reader("cut", 100, "a" * 64)
     check_same_tokens(Reader("source", 100, "a" * 64), student)
