@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from shearling.data import conversation
 from shearling.data.documents import Document, Domain, find_domains, parts, read
+from shearling.data.special import encode_around
 from shearling.data.store import DomainEntry, Manifest, SplitWriter, Store, TokenizerEntry, dtype_for
 from shearling.errors import UserError
 
@@ -22,21 +24,24 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.jso
 BATCH_DOCUMENTS, BATCH_BYTES = 512, 1 << 20
 MIN_EVAL_TOKENS = 2  # one prediction
 PROGRESS_TOKENS = 1 << 18
+# How texts are encoded: what spells out a special token is plain text, or a web page could forge a document's end.
+PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 Progress = Callable[[str, int, int], None]  # a domain, its documents and its tokens so far
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A document with its ids [tokens], EOS included."""
+    """A document with its ids [tokens], EOS included, and which of them count in the loss; None if all do."""
 
     document: Document
     ids: np.ndarray
     text_bytes: int
+    loss: np.ndarray | None = None
 
 
 def prepare(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     *,
     tokenizer: Path,
     out: Path,
@@ -49,7 +54,7 @@ def prepare(
     Splits that the inputs name are kept; elsewhere the share `held_out` of the documents is, chosen by a hash of
     (seed, domain, number of the document), never none and never all. Of a domain with a single document the last
     `held_out` share of its tokens is held out, and its train part then has no EOS. A special
-    token spelt out in a text becomes that token, as transformers does it everywhere.
+    token spelt out in a text stays plain text, so that no document can end another; a chat template's are tokens.
     Raises UserError for what documents, tokenizer or share lack.
     """
     if not 0 < held_out < 1:
@@ -129,12 +134,40 @@ class Encoder:
     def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
         """Each document's ids with EOS, none of them for one without text."""
         for group in _batches(documents):
-            for document, ids in zip(group, self._ids(group), strict=True):
-                ended = np.array([*ids, self.eos_id] if ids else [], dtype=np.int64)
-                if ids and ended.max() >= self.vocab_size:
-                    found, expected = f"token id {ended.max()}", f"ids below {self.vocab_size}"
-                    raise UserError(document.where, found=found, expected=expected, change="check the tokenizer")
-                yield Piece(document, ended, document.num_bytes)
+            plain = [document for document in group if document.is_text]
+            texts = iter(self._ids(plain) if plain else ())
+            for document in group:
+                yield self._ended(document, next(texts)) if document.is_text else self._made(document)
+
+    def _made(self, document: Document) -> Piece:
+        """The piece of a conversation, or of ids that were there already."""
+        if document.messages is None:
+            return self._ended(document, document.ids)
+        rendered = conversation.render(
+            self.tokenizer, document.messages, where=document.where, assistant_only=document.assistant_only
+        )
+        ids, loss = conversation.encode(self.tokenizer, rendered, where=document.where)
+        return self._ended(document, ids, loss=loss, text_bytes=len(rendered.text.encode()))
+
+    def _ended(
+        self, document: Document, ids, *, loss: np.ndarray | None = None, text_bytes: int | None = None
+    ) -> Piece:
+        """A document's ids, checked, with EOS unless they end with it or are none; EOS counts if what it ends does."""
+        ids = np.asarray(ids)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            wrong = ids.max() if ids.max() >= self.vocab_size else ids.min()
+            found, expected = f"token id {wrong}", f"ids below {self.vocab_size}"
+            raise UserError(document.where, found=found, expected=expected, change="check the tokenizer")
+        ids = ids.astype(np.int64)
+        if text_bytes is None:
+            text_bytes = document.num_bytes if document.is_text else self._text_bytes(ids)
+        if len(ids) and ids[-1] != self.eos_id:
+            ids = np.append(ids, self.eos_id)
+            loss = None if loss is None else np.append(loss, loss[-1])
+        return Piece(document, ids, text_bytes, loss)
+
+    def _text_bytes(self, ids: np.ndarray) -> int:
+        return len(str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).encode())
 
     def cut(self, piece: Piece, *, share: float) -> tuple[Piece, Piece]:
         """A document's first and last tokens, the last `share` of them apart; UserError below four tokens."""
@@ -147,20 +180,33 @@ class Encoder:
                 expected=f"{2 * MIN_EVAL_TOKENS} or more, some of them to hold out",
                 change="add documents or leave it out",
             )
-        encoded = self.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in encoded["offset_mapping"]] + [len(document.text)]
-        last_bytes = len(document.text[starts[kept] :].encode())
-        first = Piece(document, piece.ids[:kept], document.num_bytes - last_bytes)
-        return first, Piece(document, piece.ids[kept:], last_bytes)
+        last_bytes = min(self._last_bytes(piece, kept), piece.text_bytes)
+        halves = (None, None) if piece.loss is None else (piece.loss[:kept], piece.loss[kept:])
+        first = Piece(document, piece.ids[:kept], piece.text_bytes - last_bytes, halves[0])
+        return first, Piece(document, piece.ids[kept:], last_bytes, halves[1])
+
+    def _last_bytes(self, piece: Piece, kept: int) -> int:
+        """The bytes of text that the ids from `kept` on stand for."""
+        text = piece.document.text
+        if not piece.document.is_text:
+            return self._text_bytes(piece.ids[kept:])
+        encoded = self.tokenizer(text, **PLAIN, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]] + [len(text)]
+        if len(starts) != len(piece.ids):  # encoded around a special token
+            return self._text_bytes(piece.ids[kept:])
+        return len(text[starts[kept] :].encode())
 
     def _ids(self, documents: list[Document]) -> list[list[int]]:
         texts = [document.text for document in documents]
         try:
-            encoded = self.tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-            )
+            encoded = self.tokenizer(texts, **PLAIN, return_attention_mask=False, return_token_type_ids=False)
             # A tokenizer may make tokens of no text at all.
-            return [ids if text else [] for ids, text in zip(encoded["input_ids"], texts, strict=True)]
+            found = [ids if text else [] for ids, text in zip(encoded["input_ids"], texts, strict=True)]
+            forged = (self.eos_id in ids for ids in found)
+            return [
+                encode_around(self.tokenizer, text) if is_forged else ids
+                for ids, text, is_forged in zip(found, texts, forged, strict=True)
+            ]
         except BaseException as error:
             if not (type(error) is Exception or _is_panic(error)):  # what tokenizers raises has no type of its own
                 raise
