@@ -7,6 +7,7 @@ import pytest
 
 from shearling.data.store import Store
 from shearling.errors import UserError
+from shearling.teacher.cached import CachedTeacher
 from shearling.teacher.options import Options
 from shearling.train.loop import train
 from shearling.train.optim import adamw
@@ -68,6 +69,10 @@ def test_a_cached_teacher_is_loaded_once_for_all_runs(kind, cut, model_folder, s
     monkeypatch.setattr("shearling.verbs.teaching.load_teacher", refuse)
     again = healed(Teaching.plan(options, teacher=teacher, student=cut), cut, session)
     assert [step["objective"].hex() for step in again] == [step["objective"].hex() for step in first]
+    other_seed = replace(session, feed=replace(session.feed, seed=5))
+    windows = Teaching.plan(options, teacher=teacher, student=cut).objective(other_seed).teacher
+    assert isinstance(windows, CachedTeacher)
+    assert sum(windows.cache.written().values()) > 0
     (place,) = (tmp_path / "c").iterdir()
     other = replace(options, k=7)
     with pytest.raises(UserError, match=rf"{place.name}.*, k: found 32; expected 7"):
