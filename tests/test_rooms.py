@@ -17,7 +17,7 @@ ROWS = (
     ("run", "demo"),
     ("verbs",),
     ("recipe",),
-    ("masks", "cut", "train", "eval", "report"),
+    ("masks", "cut", "train", "teacher", "eval", "report"),
     ("data", "mixture", "loss", "weights", "record", "stage"),
     ("arch",),
     ("axes",),

@@ -14,13 +14,15 @@ class Batch:
     """Ids int64 [B, T + 1] and the domain that each window is from, by number.
 
     `counted` bool [B, T + 1]: a token that isn't is read but not asked for; None: all are. `starts` int64 [B, T + 1],
-    only where documents are kept apart: where in the window each token's document starts.
+    only where documents are kept apart: where in the window each token's document starts. `windows`: the number of
+    each window in its domain's train split, where they are such; with its domain, what names it in any run.
     """
 
     ids: Tensor
     domains: tuple[int, ...]
     counted: Tensor | None = None
     starts: Tensor | None = None
+    windows: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -30,7 +32,14 @@ class Batch:
         for start in range(0, len(self), sequences):
             part = slice(start, start + sequences)
             counted, starts = (None if t is None else t[part] for t in (self.counted, self.starts))
-            yield Batch(self.ids[part], self.domains[part], counted, starts)
+            windows = None if self.windows is None else self.windows[part]
+            yield Batch(self.ids[part], self.domains[part], counted, starts, windows)
+
+    def rows(self, chosen: list[int]) -> "Batch":
+        """Some of the windows, copied."""
+        windows = None if self.windows is None else tuple(self.windows[row] for row in chosen)
+        some = self._each(lambda tensor: tensor[chosen])
+        return replace(some, domains=tuple(self.domains[row] for row in chosen), windows=windows)
 
     def to(self, device: Any) -> "Batch":
         """The same on a device; from pinned memory without waiting."""

@@ -67,7 +67,7 @@ def batch(store: Store, positions: Sequence[Position], *, seq_len: int, seed: in
     if separate:
         starts = torch.from_numpy(np.stack([_starts(store, domain, index, seq_len) for domain, index in found]))
     domains = tuple(store.domains.index(domain) for domain, _ in found)
-    return Batch(torch.from_numpy(ids), domains, counted, starts)
+    return Batch(torch.from_numpy(ids), domains, counted, starts, windows=tuple(index for _, index in found))
 
 
 def _starts(store: Store, domain: str, index: int, seq_len: int) -> np.ndarray:
