@@ -2,12 +2,14 @@
 
     python benchmarks/mixtures.py RECIPE WORK_FOLDER --out RESULT.json --rates 2e-3 4e-3 8e-3 --seeds 0 1 2 [--set ...]
 
-The recipe's model is cut once, by one-shot scores; each arm heals the cut for the recipe's healing budget. Every arm runs
-at every rate on the first seed, then at its best rate on the others. What is finished in WORK_FOLDER isn't done again.
+The recipe's model is cut once, by one-shot scores; each arm heals the cut for the recipe's healing budget. Every arm
+runs at every rate on the first seed, then at its best rate on the others. What is finished in WORK_FOLDER isn't done
+again.
 
-proportional: shares of tokens, constant. uniform: equal shares, constant. anchored, paper: start at the shares of tokens
-and follow the source's held-out losses. Result by arm: held-out losses by domain, the mean of domains (what the rate is
-chosen by), the mean by tokens, and the worst gap, the largest of loss - reference. References are the source's losses.
+proportional: shares of tokens, constant. uniform: equal shares, constant. anchored, paper: start at the shares of
+tokens and follow the source's held-out losses. Result by arm: held-out losses by domain, the mean of domains (what the
+rate is chosen by), the mean by tokens, and the worst gap, the largest of loss - reference. References are the source's
+losses.
 """
 
 import argparse

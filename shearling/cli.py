@@ -49,6 +49,11 @@ Reference = Annotated[
 MixtureRule = Annotated[str | None, typer.Option("--mixture-rule", help="anchored or paper (Sheared-LLaMA's).")]
 Signal = Annotated[str | None, typer.Option(help="Held against the reference: held_out, training or teacher_kl.")]
 Every = Annotated[int | None, typer.Option("--mixture-every", help="Steps between updates of the mixture.")]
+TeacherModel = Annotated[
+    str | None, typer.Option("--teacher", help="A model to learn from; with --kl-share alone, the one it was cut from.")
+]
+KlShare = Annotated[float | None, typer.Option(help="Share of the KL to the teacher in the loss; with --teacher, 0.5.")]
+TeacherCache = Annotated[str | None, typer.Option(help="A folder for what the teacher says, to be used again.")]
 Repeats = Annotated[str | None, typer.Option(help="Readings of a domain at most: 4, or a=1,b=4; left out, unlimited.")]
 AtEnd = Annotated[str | None, typer.Option(help="Then: stop, redistribute or repeat; left out, refused beforehand.")]
 Separate = Annotated[
@@ -148,6 +153,9 @@ def prune(
     mixture_rule: MixtureRule = None,
     signal: Signal = None,
     mixture_every: Every = None,
+    teacher: TeacherModel = None,
+    kl_share: KlShare = None,
+    teacher_cache: TeacherCache = None,
     repeats: Repeats = None,
     at_end: AtEnd = None,
     separate_documents: Separate = False,
@@ -174,6 +182,7 @@ def prune(
     asked = {**base, **training, "activation_checkpointing": activation_checkpointing, "to": to, "method": method}
     asked["masks"] = {**base.get("masks", {}), **masks}
     asked["mixture"] = {**base.get("mixture", {}), **mixing}
+    asked["teacher"] = _teacher(teacher, kl_share, cache=teacher_cache)
     section = validated(Prune, asked)
 
     from shearling.verbs.prune import prune
@@ -209,6 +218,9 @@ def heal(
     mixture_rule: MixtureRule = None,
     signal: Signal = None,
     mixture_every: Every = None,
+    teacher: TeacherModel = None,
+    kl_share: KlShare = None,
+    teacher_cache: TeacherCache = None,
     repeats: Repeats = None,
     at_end: AtEnd = None,
     separate_documents: Separate = False,
@@ -229,6 +241,7 @@ def heal(
     asked |= {"repeats": _repeats(repeats), "separate_documents": separate_documents}
     mixing = _mixture(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}
+    asked["teacher"] = _teacher(teacher, kl_share, cache=teacher_cache)
     section = validated(Heal, asked)
 
     from shearling.verbs.heal import heal
@@ -401,6 +414,12 @@ def _mixture(schedule: str, weights: str | None, **options: Any) -> dict[str, An
 
     shares = None if weights is None else parse_shares(weights, "--weights")
     return _given(schedule=None if schedule == "auto" else schedule, weights=shares, **options)
+
+
+def _teacher(model: str | None, share: float | None, **options: Any) -> dict[str, Any]:
+    """The section of a recipe that these options stand for: a teacher that is named is listened to."""
+    half = 0.5 if model is not None and share is None else share
+    return _given(model=model, share=half, **options)
 
 
 def _repeats(text: str | None) -> Any:

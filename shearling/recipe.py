@@ -13,6 +13,7 @@ from shearling.axes.shape import parse_target
 from shearling.errors import UserError, nearest, raise_all
 from shearling.masks.options import PAPER, Options
 from shearling.mixture.options import Options as Mixture
+from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -74,6 +75,7 @@ class Training(Section):
     seq_len: int | None = Field(default=None, gt=1)
     micro_sequences: int | None = Field(default=None, gt=0)
     mixture: Mixture = Mixture()
+    teacher: Teacher = Teacher()
     repeats: dict[str, Count] | Count | None = None  # readings of a domain; left out: unlimited
     at_end: AtEnd = "refuse"  # when those are used up
     separate_documents: bool = False  # kept apart in attention and positions; else packed
@@ -96,7 +98,17 @@ class Training(Section):
         if self.tokens is not None and self.steps is not None:
             found = f"both, {self.tokens} tokens and {self.steps} steps"
             raise UserError("tokens and steps", found=found, expected="one of them", change="leave one out")
+        if self.mixture.signal == "teacher_kl" and not self.teacher.wanted:
+            change = "give a teacher's share, or another signal"
+            raise UserError("mixture.signal", found="teacher_kl, no teacher", expected="a teacher", change=change)
+        if self.teacher.hidden and self.compile:
+            change = "leave one of them out"  # hooks set on a compiled model aren't run
+            raise UserError("teacher.hidden", found="it with compile", expected="one of them", change=change)
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a stage with these settings this one: all but what changes nothing in the result."""
+        return self.model_dump(mode="json", exclude={"workers": True, "teacher": {"cache", "device"}})
 
 
 class Prune(Training):

@@ -1,7 +1,6 @@
 """What a mixture is steered towards: references that were given, or else the losses of the model that was sheared."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from shearling.data.loader import bytes_per_token
 from shearling.errors import UserError
@@ -65,7 +64,7 @@ def source_losses(model: Source, session: Session) -> tuple[Mapping[str, float] 
     origin = model.origin()
     if origin.get("measured") == session.measured_on():
         return origin["pruned"]["source_losses"], "the source's losses, as shearling.json has them"
-    source, why = _source_of(origin)
+    source, why = source_of(model)
     if source is None:
         return None, why
     loaded = load_model(source.folder, device=session.device)
@@ -73,8 +72,9 @@ def source_losses(model: Source, session: Session) -> tuple[Mapping[str, float] 
     return held_out_losses(loaded, windows), f"the losses of {source.name}, measured now"
 
 
-def _source_of(origin: Mapping[str, Any]) -> tuple[Source | None, str]:
+def source_of(model: Source) -> tuple[Source | None, str]:
     """The model that this one was sheared from, or why it can't be had."""
+    origin = model.origin()
     if "source" not in origin:
         return None, "no shearling.json says what this model was sheared from"
     name = origin["source"]["name"]

@@ -18,9 +18,10 @@ from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.train.step import State
-from shearling.verbs.aim import aimed, given, source_losses
+from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.session import Session, Watch, unwatched
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
+from shearling.verbs.teaching import Teaching
 from shearling.weights.model import load_model, reader
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,11 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
     source = Source.open(model, dtype=asked.dtype)
     phases = [_plan(phase, source, own or data) for phase, own in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]
-    identity = {"verb": "heal", "model": source.fingerprint, "references": references}
+    own, why = source_of(source) if asked.teacher.wanted else (None, "")
+    teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why)
+    identity = {"verb": "heal", "model": source.fingerprint, "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
-    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json", exclude={"workers"})})
+    stage = Stage(Path(out), {**identity, **(teaching.identity() if teaching else {})})
     if stage.done:
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
@@ -70,7 +73,7 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
     for note in (note for phase in phases for note in phase.session.notes):
         log.info(note)
     with stage as folder:
-        return Healing(source, phases, asked, folder, stage.out).run(watch)
+        return Healing(source, phases, asked, teaching, folder, stage.out).run(watch)
 
 
 def _plan(asked: Heal, source: Source, data: str) -> PhasePlan:
@@ -93,6 +96,7 @@ class Healing:
     source: Source
     phases: Sequence[PhasePlan]
     asked: Heal
+    teaching: Teaching | None
     folder: Path
     out: Path
 
@@ -120,7 +124,7 @@ class Healing:
             losses=after["losses"],
             standard_errors=after["standard_errors"],
             tokens=tokens[-1],
-            flops=sum(p.session.flops(source, source.shape, tokens=n) for p, n in zip(self.phases, spent, strict=True)),
+            flops=sum(self.flops(p.session, n) for p, n in zip(self.phases, spent, strict=True)),
         )
         write_origin(self.folder, {**source.origin(), "healed": figures(result)})
         return result
@@ -146,16 +150,23 @@ class Healing:
         record.write("mixture", step=0, tokens=state.tokens, **session.describe_mixture())
         for group in optimizer.param_groups:
             group["peak_lr"] = session.lr
+        distilled = self.teaching.objective(session) if self.teaching else None
         with session.feed.reading() as reading:
             return train(
                 model,
                 settings=session.settings,
                 state=state,
                 draw=reading.draw,
-                objective=session.objective(),
+                objective=distilled or session.objective(),
                 optimizers=[optimizer],
+                terms=[distilled] if distilled else [],
                 evaluate=session.evaluate(model),
                 steering=session.steering,
                 log=record.write,
                 on_step=watch(title, session.settings.steps),
             )
+
+    def flops(self, session: Session, tokens: int) -> float:
+        """Of so many tokens of a session, the teacher's forward passes included."""
+        own = session.flops(self.source, self.source.shape, tokens=tokens)
+        return own + (self.teaching.flops(session, tokens) if self.teaching else 0.0)

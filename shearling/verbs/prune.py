@@ -25,6 +25,7 @@ from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
 from shearling.verbs.session import Session, Watch, unwatched
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
+from shearling.verbs.teaching import Teaching
 from shearling.weights.model import load_model, reader
 
 log = logging.getLogger(__name__)
@@ -65,15 +66,16 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
+    teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="")
     identity = {"verb": "prune", "model": source.fingerprint, "data": store.digest, "references": references}
-    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json", exclude={"workers"})})
+    stage = Stage(Path(out), {**identity, **asked.identity(), **(teaching.identity() if teaching else {})})
     if stage.done:
         return _read_back(stage.out)
     for note in notes:
         log.info(note)
     source.check_finite()
     with stage as folder:
-        return Pruning(source, target, session, asked, notes, folder, stage.out).run(watch)
+        return Pruning(source, target, session, asked, teaching, notes, folder, stage.out).run(watch)
 
 
 def open_target(model: str, asked: Prune) -> tuple[Source, Shape, tuple[str, ...]]:
@@ -98,6 +100,7 @@ class Pruning:
     target: Shape
     session: Session
     asked: Prune
+    teaching: Teaching | None
     notes: tuple[str, ...]
     folder: Path
     out: Path
@@ -116,7 +119,8 @@ class Pruning:
         if self.asked.method == "masks" and self.target != source.shape:
             aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
             cut, misses = replace(self, session=aim).learn(model, importance, record, watch)
-            flops, read = session.flops(source, source.shape), reader(model)
+            taught = self.teaching.flops(session, session.tokens) if self.teaching else 0.0
+            flops, read = session.flops(source, source.shape, tokens=session.tokens) + taught, reader(model)
         else:
             cut = self.score(importance)
             del model
@@ -160,6 +164,7 @@ class Pruning:
         ).to(session.device)
         attached = Attached(model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied)
         term = LearnedMasks(attached, gates)
+        distilled = self.teaching.objective(session) if self.teaching else None
         session.prepare(model, self.asked)
 
         def held_out() -> dict[str, float]:
@@ -173,9 +178,9 @@ class Pruning:
                 settings=session.settings,
                 state=session.state(),
                 draw=reading.draw,
-                objective=session.objective(),
+                objective=distilled or session.objective(),
                 optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
-                terms=[term],
+                terms=[*([distilled] if distilled else []), term],
                 evaluate=held_out,
                 steering=session.steering,
                 log=record.write,

@@ -148,10 +148,14 @@ class Session:
         if asked.compile:
             model.base_model.compile()
 
-    def flops(self, source: Source, shape: Shape, *, tokens: int | None = None) -> float:
-        """FLOPs of the stage's training steps, forward and backward, at the mean context of a causal window."""
-        per_token = flops_per_token(source.family, shape, context=self.settings.seq_len // 2)
-        return 3.0 * per_token * (self.settings.steps * self.settings.batch_tokens if tokens is None else tokens)
+    @property
+    def tokens(self) -> int:
+        """What it trains on, if the data lasts."""
+        return self.settings.steps * self.settings.batch_tokens
+
+    def flops(self, source: Source, shape: Shape, *, tokens: int) -> float:
+        """FLOPs of training on so many tokens, forward and backward, at the mean context of a causal window."""
+        return 3.0 * flops_per_token(source.family, shape, context=self.settings.seq_len // 2) * tokens
 
     def measured_on(self) -> dict[str, Any]:
         """What held-out losses of this session belong to: the same, and they can be compared."""
@@ -165,7 +169,7 @@ class Session:
             "seq_len": s.seq_len,
             "batch_sequences": s.batch_sequences,
             "micro_sequences": s.micro_sequences,
-            "tokens": s.steps * s.batch_tokens,
+            "tokens": self.tokens,
             "lr": self.lr,
             "device": self.device,
             "autocast": str(s.autocast),

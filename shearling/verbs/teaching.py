@@ -47,6 +47,17 @@ class Teaching:
         layers = student.shape["num_hidden_layers"]
         return cls(options, teacher, Alignment.of(kept, student.family, layers=layers))
 
+    @classmethod
+    def wanted(cls, options: Options, *, student: Source, own: Source | None, why: str) -> "Teaching | None":
+        """The teaching that was asked for, if any, by `own` where no model is named. Raises UserError: see `plan`."""
+        if not options.wanted:
+            return None
+        teacher = own if options.model is None else Source.open(options.model)
+        if teacher is None:
+            change = "name one: --teacher MODEL"
+            raise UserError("teacher", found=why, expected="the model that this one was cut from", change=change)
+        return cls.plan(options, teacher=teacher, student=student)
+
     def objective(self, session: Session) -> Distilled:
         """For one session: hand it to the loop as its objective, and first among its terms."""
         domains, options = session.settings.domains, self.options
@@ -62,6 +73,10 @@ class Teaching:
             steps=session.settings.steps,
             streams=Streams(self.alignment.student, options.hidden) if self.alignment else None,
         )
+
+    def flops(self, session: Session, tokens: int) -> float:
+        """FLOPs of the teacher's forward passes over so many tokens; what a cache saves of them isn't known before."""
+        return session.flops(self.teacher, self.teacher.shape, tokens=tokens) / 3
 
     def identity(self) -> Mapping[str, Any]:
         """What a stage's identity has to have of it beside the options."""

@@ -182,3 +182,39 @@ def test_one_domain_leaves_nothing_to_mix(tmp_path, corpus, model_folder, ask_he
     (start,) = changes(tmp_path / "healed")
     assert start["notes"] == ["one domain, nothing to mix: the mixture stays as it is"]
     assert start["weights"] == {"code": 1.0}
+
+
+def test_healing_by_a_teacher_is_told_and_counted(tmp_path, cut, store_folder, ask_heal, model_folder):
+    """The source teaches; the mixture can follow the KL; the teacher's forwards count as FLOPs."""
+    plain = heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "plain"), asked=ask_heal())
+    asked = ask_heal(teacher={"share": 0.5}, mixture={"signal": "teacher_kl", "every": 2})
+    taught = heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "taught"), asked=asked)
+    steps = [event for event in record.read(tmp_path / "taught" / "record.jsonl") if event["event"] == "step"]
+    assert all(event["kl"] > 0 for event in steps)
+    assert steps[0]["objective"] == pytest.approx(0.5 * steps[0]["loss"] + 0.5 * steps[0]["kl"], rel=1e-5)
+    start, change = changes(tmp_path / "taught")
+    assert set(start["references"].values()) == {0.0}
+    assert change["losses"] == change["excess"]
+    assert plain.flops < taught.flops < 3 * plain.flops
+    named = ask_heal(teacher={"share": 0.5, "model": str(model_folder)}, mixture={"signal": "teacher_kl", "every": 2})
+    heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "named"), asked=named)
+    assert losses(tmp_path / "named") == losses(tmp_path / "taught")
+
+
+def test_masks_learn_from_a_teacher(tmp_path, model_folder, store_folder, ask_prune):
+    asked = ask_prune(method="masks", teacher={"share": 0.9, "share_end": 0.1})
+    pruned = prune(str(model_folder), data=str(store_folder), out=str(tmp_path / "cut"), asked=asked)
+    steps = [event for event in record.read(pruned.out / "record.jsonl") if event["event"] == "step"]
+    for step, share in zip(steps, (0.9, 0.9 - 0.8 / 3, 0.9 - 1.6 / 3, 0.1), strict=True):
+        assert step["objective"] == pytest.approx((1 - share) * step["loss"] + share * step["kl"], rel=1e-4)
+    assert "expected_hidden" in steps[0]
+
+
+def test_a_teacher_that_is_gone_is_asked_for(tmp_path, model_folder, store_folder, ask_heal):
+    with pytest.raises(UserError, match=r"teacher: found no shearling.json.*--teacher MODEL"):
+        asked = ask_heal(teacher={"share": 0.5})
+        heal(str(model_folder), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
+    with pytest.raises(UserError, match=r"mixture.signal: found teacher_kl, no teacher"):
+        ask_heal(mixture={"signal": "teacher_kl"})
+    with pytest.raises(UserError, match=r"teacher.hidden: found it with compile"):
+        ask_heal(teacher={"hidden": 0.5}, compile=True)
