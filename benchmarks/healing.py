@@ -1,15 +1,20 @@
-"""Dynamic mixtures, both rules, against constant and uniform ones, at equal tokens, rates tuned for each.
+"""Ways of healing one cut, rates tuned for each: mixtures of the data, or shares of a teacher.
 
-    python benchmarks/mixtures.py RECIPE WORK_FOLDER --out RESULT.json --rates 2e-3 4e-3 8e-3 --seeds 0 1 2 [--set ...]
+    python benchmarks/healing.py mixtures RECIPE WORK_FOLDER --out RESULT.json --rates 2e-3 4e-3 8e-3 --seeds 0 1 2
+    python benchmarks/healing.py teachers RECIPE WORK_FOLDER ...                            [--set key=value]
 
 The recipe's model is cut once, by one-shot scores; each arm heals the cut for the recipe's healing budget. Every arm
 runs at every rate on the first seed, then at its best rate on the others. What is finished in WORK_FOLDER isn't done
 again.
 
-proportional: shares of tokens, constant. uniform: equal shares, constant. anchored, paper: start at the shares of
-tokens and follow the source's held-out losses. Result by arm: held-out losses by domain, the mean of domains (what the
-rate is chosen by), the mean by tokens, and the worst gap, the largest of loss - reference. References are the source's
-losses.
+mixtures, at equal tokens. proportional: shares of tokens, constant. uniform: equal shares, constant. anchored, paper:
+start at the shares of tokens and follow the source's held-out losses.
+
+teachers, at the shares of tokens. kl-A: the loss is (1 - A) cross-entropy + A KL to the source, at equal tokens.
+kl-A-flops: the same at equal FLOPs, the teacher's forward passes counted, so for fewer steps.
+
+Result by arm: held-out losses by domain, the mean of domains (what the rate is chosen by), the mean by tokens, and the
+worst gap, the largest of loss - reference. References are the source's losses.
 """
 
 import argparse
@@ -18,15 +23,21 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from shearling.axes.count import flops_per_token
 from shearling.data.feed import by_size
 from shearling.data.store import Store
-from shearling.recipe import Data, Recipe, load_recipe
+from shearling.recipe import Data, Heal, Recipe, load_recipe, validated
 from shearling.record import versions
 from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import Pruned, prune
+from shearling.verbs.source import Source
 
-ARMS = ("proportional", "uniform", "anchored", "paper")
+SHARES = (0.5, 0.9, 1.0)
+ARMS = {
+    "mixtures": ("proportional", "uniform", "anchored", "paper"),
+    "teachers": ("kl-0", *(f"kl-{a:g}" for a in SHARES), *(f"kl-{a:g}-flops" for a in SHARES)),
+}
 
 
 class Comparison:
@@ -39,26 +50,39 @@ class Comparison:
         self.store = recipe.data if isinstance(recipe.data, str) else str(work / "store")
         if isinstance(recipe.data, Data):
             make_store(recipe.data, tokenizer=recipe.model, out=self.store)
-        self.domains = Store.open(Path(self.store)).domains
         self.sizes = by_size(Store.open(Path(self.store)))
         asked = recipe.prune.model_copy(update={"method": "activation"})
         self.cut: Pruned = prune(recipe.model, data=self.store, out=str(work / "cut"), asked=asked)
 
+    def settings(self, arm: str) -> dict[str, Any]:
+        """What of the recipe's healing an arm changes."""
+        if arm == "uniform":
+            return {"mixture": {"schedule": "constant", "weights": dict.fromkeys(self.sizes, 1 / len(self.sizes))}}
+        if arm in ("anchored", "paper"):
+            return {"mixture": {"schedule": "dynamic", "rule": arm}}
+        settings: dict[str, Any] = {"mixture": {"schedule": "proportional"}}
+        if arm.startswith("kl-"):
+            settings["teacher"] = {"share": float(arm.split("-")[1])}
+        if arm.endswith("-flops"):
+            settings["steps"] = round((self.healing.steps or 0) / self.cost_of_teaching())
+        return settings
+
+    def cost_of_teaching(self) -> float:
+        """FLOPs of a distilled step over those of a plain one."""
+        context = (self.healing.seq_len or 2048) // 2
+        teacher, student = (Source.open(model) for model in (self.recipe.model, str(self.cut.out)))
+        forward = [flops_per_token(model.family, model.shape, context=context) for model in (teacher, student)]
+        return 1 + forward[0] / (3 * forward[1])
+
     def run(self, arm: str, *, rate: float, seed: int) -> dict[str, Any]:
-        options = {
-            "proportional": {"schedule": "proportional"},
-            "uniform": {"schedule": "constant", "weights": {d: 1 / len(self.domains) for d in self.domains}},
-            "anchored": {"schedule": "dynamic", "rule": "anchored"},
-            "paper": {"schedule": "dynamic", "rule": "paper"},
-        }[arm]
-        mixture = type(self.healing.mixture)(**options)
-        asked = self.healing.model_copy(update={"lr": rate, "seed": seed, "mixture": mixture})
+        plain = self.healing.model_dump(mode="json")
+        asked = validated(Heal, {**plain, "lr": rate, "seed": seed, **self.settings(arm)})
         healed = heal(str(self.cut.out), data=self.store, out=str(self.work / f"{arm}-{rate:g}-{seed}"), asked=asked)
-        gaps = {d: healed.losses[d] - self.cut.source_losses[d] for d in self.domains}
+        gaps = {d: loss - self.cut.source_losses[d] for d, loss in healed.losses.items()}
         found = {"arm": arm, "rate": rate, "seed": seed, "losses": dict(healed.losses), "gaps": gaps}
         found["mean"] = statistics.mean(healed.losses.values())
-        found["mean_by_tokens"] = sum(self.sizes[d] * healed.losses[d] for d in self.domains)
-        return {**found, "worst_gap": max(gaps.values()), "tokens": healed.tokens}
+        found["mean_by_tokens"] = sum(self.sizes[d] * loss for d, loss in healed.losses.items())
+        return {**found, "worst_gap": max(gaps.values()), "tokens": healed.tokens, "flops": healed.flops}
 
 
 def spread(runs: list[dict[str, Any]], key: str) -> dict[str, float | None]:
@@ -74,14 +98,16 @@ def best_rate(runs: list[dict[str, Any]], arm: str, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=ARMS)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--rates", nargs="+", type=float, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+")
     parser.add_argument("--set", action="append", default=[], dest="settings")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
+    arms = asked.arms or ARMS[asked.what]
     comparison = Comparison(load_recipe(asked.recipe, asked.settings), asked.work)
     runs: list[dict[str, Any]] = []
 
@@ -90,14 +116,14 @@ def main() -> None:
         print(f"{arm} rate {rate:g} seed {seed}: {runs[-1]['mean']:.4f}, gap {runs[-1]['worst_gap']:.4f}", flush=True)
 
     first, *others = asked.seeds
-    for arm in asked.arms:
+    for arm in arms:
         for rate in asked.rates:
             run(arm, rate, first)
     for seed in others:
-        for arm in asked.arms:
+        for arm in arms:
             run(arm, best_rate(runs, arm, first), seed)
     best = {}
-    for arm in asked.arms:
+    for arm in arms:
         rate = best_rate(runs, arm, first)
         chosen = [one for one in runs if (one["arm"], one["rate"]) == (arm, rate)]
         best[arm] = {"rate": rate, **{key: spread(chosen, key) for key in ("mean", "mean_by_tokens", "worst_gap")}}
