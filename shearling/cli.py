@@ -93,7 +93,7 @@ def data(
     with _Progress(quiet=as_json) as progress:
         store, before = make_store(asked, tokenizer=tokenizer, out=out, progress=progress.documents)
     counts = {
-        domain: {split: len(store.tokens(domain, split)) for split in ("train", "eval")} for domain in store.domains
+        domain: {split: store.num_tokens(domain, split) for split in ("train", "eval")} for domain in store.domains
     }
     if as_json:
         _print_json({"out": out, "done_before": before, "tokens": counts})

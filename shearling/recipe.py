@@ -97,6 +97,7 @@ class Data(Section):
     inputs: list[str]
     held_out: float = Field(0.01, gt=0, lt=1)
     seed: int = 0
+    processes: int | None = Field(None, gt=0)  # left out: the cores, where the documents are worth it
 
 
 class Eval(Section):

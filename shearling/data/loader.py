@@ -21,7 +21,7 @@ def check_windows(store: Store, domains: Sequence[str], *, seq_len: int) -> None
         [
             UserError(
                 f"domain {domain!r} of {store.folder}",
-                found=f"too little data for one step, {len(store.tokens(domain, 'train'))} tokens",
+                found=f"too little data for one step, {store.num_tokens(domain, 'train')} tokens",
                 expected=f"at least {seq_len + 1} (seq_len + 1)",
                 change="use a shorter --seq-len or more text",
             )
@@ -53,7 +53,7 @@ def held_out(
     assert limit is None or limit >= 1
     available = store.window_count(domain, "eval", seq_len)
     if available == 0:
-        yield torch.from_numpy(store.tokens(domain, "eval").astype(np.int64))[None]
+        yield torch.from_numpy(store.slice(domain, "eval").astype(np.int64))[None]
         return
     count = available if limit is None else min(limit, available)
     chosen = [number * available // count for number in range(count)]

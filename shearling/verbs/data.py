@@ -1,24 +1,34 @@
-"""`data`: documents to a token store."""
+"""`data`: documents to a token store, more of them onto one, and what one holds."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from shearling.data.files import is_address
+from shearling.data.jobs import has_receipts
+from shearling.data.manifest import MANIFEST, Manifest, parse_manifest
+from shearling.data.prepare import prepare, prepare_more
 from shearling.data.store import Store
-from shearling.data.tokenise import fingerprint, load_tokenizer, prepare
+from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
 from shearling.recipe import Data
-from shearling.stage import Stage
+from shearling.stage import Stage, locked
 from shearling.weights.config import check_code
 from shearling.weights.folder import resolve
 
+Progress = Callable[[str, int, int], None]
 
-def make_store(
-    asked: Data, *, tokenizer: str, out: str, progress: Callable[[str, int, int], None] | None = None
-) -> tuple[Store, bool]:
-    """The store at `out`, and whether it was there already. Documents that can't be read leave nothing behind."""
+
+def make_store(asked: Data, *, tokenizer: str, out: str, progress: Progress | None = None) -> tuple[Store, bool]:
+    """The store at `out`, and whether it was there already.
+
+    What is finished of a preparation that ended early is kept, and the same call goes on from it.
+    """
+    _check_local(out)
     folder = resolve(tokenizer)
     check_code(folder)
-    inputs = [Path(path).expanduser() for path in asked.inputs]
+    inputs = _paths(asked)
     identity = {
         "verb": "data",
         "inputs": [str(path.resolve()) for path in inputs],
@@ -26,9 +36,84 @@ def make_store(
         "held_out": asked.held_out,
         "seed": asked.seed,
     }
-    stage = Stage(Path(out), identity, discard=UserError)
+    stage = Stage(Path(out), identity, resumable=has_receipts, discard=UserError)
     if stage.done:
         return Store.open(stage.out), True
     with stage as partial:
-        prepare(inputs, tokenizer=folder, out=partial, held_out=asked.held_out, seed=asked.seed, progress=progress)
+        prepare(
+            inputs,
+            tokenizer=folder,
+            source=tokenizer,
+            out=partial,
+            held_out=asked.held_out,
+            seed=asked.seed,
+            processes=asked.processes,
+            progress=progress,
+        )
     return Store.open(stage.out), False
+
+
+def add_documents(asked: Data, *, tokenizer: str, out: str, progress: Progress | None = None) -> Store:
+    """The store at `out` with more documents at the ends of its streams; nothing of what was there is written again.
+
+    The new shards are prepared beside the store, linked into it, and are part of it once the manifest is replaced.
+    A call that ended early is gone on with by the same call. Raises UserError for documents that are in it already.
+    """
+    _check_local(out)
+    folder = resolve(tokenizer)
+    check_code(folder)
+    inputs, store = _paths(asked), Path(os.path.abspath(Path(out).expanduser()))
+    with locked(store.with_name(f"{store.name}.more.lock")):
+        onto = Store.open(store)
+        more = store.with_name(f"{store.name}.more")
+        if (more / MANIFEST).is_file() and (more / MANIFEST).read_bytes() == (store / MANIFEST).read_bytes():
+            shutil.rmtree(more)  # all of it was in the store when its process ended
+        identity = {"verb": "data --add", "inputs": [str(path.resolve()) for path in inputs], "onto": onto.digest}
+        stage = Stage(more, identity, resumable=has_receipts, discard=UserError)
+        if not stage.done:
+            with stage as partial:
+                prepare_more(onto, inputs, tokenizer=folder, out=partial, processes=asked.processes, progress=progress)
+        _join(more, store, onto.manifest)
+        shutil.rmtree(more)
+    return Store.open(store)
+
+
+def _join(more: Path, store: Path, before: Manifest) -> None:
+    """Links the shards of `more` into the store and puts its manifest in place."""
+    manifest = parse_manifest((more / MANIFEST).read_bytes(), where=str(more / MANIFEST))
+    for domain, entry in manifest.domains.items():
+        known = {shard.name for shard in before.domains[domain].shards} if domain in before.domains else set()
+        new = [name for s in entry.shards if s.name not in known for name in s.sizes(manifest.dtype)]
+        (store / domain).mkdir(exist_ok=True)
+        for name in new:
+            (store / domain / name).unlink(missing_ok=True)  # from a call that was killed here
+            _link(more / domain / name, store / domain / name)
+        _sync(store / domain)
+    manifest.write(store)
+    _sync(store)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+        _sync(target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _paths(asked: Data) -> list[Path]:
+    return [Path(path).expanduser() for path in asked.inputs]
+
+
+def _check_local(out: str) -> None:
+    if is_address(out):
+        change = "write to a local folder and copy it there; it can be read in place"
+        raise UserError(f"output {out}", found="an address", expected="a local folder", change=change)

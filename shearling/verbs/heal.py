@@ -34,7 +34,7 @@ class Healed:
 def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatched) -> Healed:
     """Trains `model` on `data` and leaves the result as a model folder at `out`."""
     source = Source.open(model, dtype=asked.dtype)
-    store = Store.open(Path(data))
+    store = Store.open(data)
     session = Session.plan(asked, source, store, default_tokens=TOKENS_PER_PARAMETER * source.parameters)
     identity = {"verb": "heal", "model": source.fingerprint, "data": store.digest}
     stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json")})
