@@ -32,7 +32,19 @@ def parse_shape(value: object) -> dict[str, int]:
     return parse_target(str(value))
 
 
+def parse_proportions(value: object) -> dict[str, float]:
+    """Shares by domain: a mapping, or text as `code=0.5,prose=0.5`. Raises ValueError: what it expects."""
+    if isinstance(value, Mapping):
+        return {str(domain): float(share) for domain, share in value.items()}
+    pairs = [pair.rpartition("=") for pair in str(value).split(",")]
+    found = {domain.strip(): float(share) for domain, sign, share in pairs if sign and domain.strip()}
+    if len(found) != len(pairs):
+        raise ValueError("a share for each domain, each once, as code=0.5,prose=0.5")
+    return found
+
+
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
+Proportions = Annotated[dict[str, float], BeforeValidator(parse_proportions)]
 Target = Annotated[dict[str, int], BeforeValidator(parse_shape)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -98,6 +110,14 @@ class Data(Section):
     held_out: float = Field(0.01, gt=0, lt=1)
     seed: int = 0
     processes: int | None = Field(None, gt=0)  # left out: the cores, where the documents are worth it
+
+
+class Inspect(Section):
+    """What to tell of a token store: how often a budget of training tokens under a mixture reads each domain."""
+
+    tokens: Tokens | None = None
+    proportions: Proportions | None = None  # left out: by tokens
+    tokenizer: str | None = None  # for the samples; left out: the one that the store names, if it is on this machine
 
 
 class Eval(Section):

@@ -2,22 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shearling.data.files import is_address
 from shearling.data.jobs import has_receipts
 from shearling.data.manifest import MANIFEST, Manifest, parse_manifest
 from shearling.data.prepare import prepare, prepare_more
 from shearling.data.store import Store
+from shearling.data.summary import DomainSummary, summarise
 from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
-from shearling.recipe import Data
+from shearling.recipe import Data, Inspect
 from shearling.stage import Stage, locked
 from shearling.weights.config import check_code
 from shearling.weights.folder import resolve
 
 Progress = Callable[[str, int, int], None]
+SAMPLE_TOKENS = 48
 
 
 def make_store(asked: Data, *, tokenizer: str, out: str, progress: Progress | None = None) -> tuple[Store, bool]:
@@ -76,6 +80,53 @@ def add_documents(asked: Data, *, tokenizer: str, out: str, progress: Progress |
         _join(more, store, onto.manifest)
         shutil.rmtree(more)
     return Store.open(store)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a store holds, by domain; `samples` are the starts of its train streams, where there's the tokenizer."""
+
+    store: str
+    tokenizer: str
+    fingerprint: str
+    vocab_size: int
+    dtype: str
+    domains: Mapping[str, DomainSummary]
+    samples: Mapping[str, str]
+
+
+def inspect_store(store: str, asked: Inspect) -> Inspected:
+    """Counts, repeats and samples of a store. Raises UserError for a tokenizer asked for that isn't the store's."""
+    opened = Store.open(store)
+    domains = summarise(opened, tokens=asked.tokens, proportions=asked.proportions)
+    source = asked.tokenizer or opened.manifest.tokenizer.source
+    tokenizer = _tokenizer_of(opened, source, needed=asked.tokenizer is not None)
+    samples = {}
+    for domain in opened.domains if tokenizer else ():
+        ids = opened.slice(domain, "train", 0, min(SAMPLE_TOKENS, opened.num_tokens(domain, "train")))
+        samples[domain] = tokenizer.decode(ids.tolist())
+    return Inspected(store, source, opened.fingerprint, opened.vocab_size, opened.dtype, domains, samples)
+
+
+def verify_store(store: str) -> int:
+    """How many files the store has. Reads them all and raises UserError naming those that aren't what was written."""
+    return Store.open(store).verify()
+
+
+def _tokenizer_of(store: Store, source: str, *, needed: bool) -> Any:
+    """The tokenizer at `source`; where it isn't needed None if it isn't on this machine, or isn't the store's."""
+    if not needed and not Path(source).expanduser().is_dir():
+        return None
+    folder = resolve(source)
+    try:
+        check_code(folder)
+        tokenizer = load_tokenizer(folder)
+        store.check_tokenizer(fingerprint(tokenizer), source)
+    except UserError:
+        if needed:
+            raise
+        return None
+    return tokenizer
 
 
 def _join(more: Path, store: Path, before: Manifest) -> None:
