@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shearling import __version__
 from shearling.errors import UserError
+
+if TYPE_CHECKING:
+    from shearling.loss.held_out import Measured
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +39,22 @@ Seed = Annotated[int, typer.Option(help="Decides data order and noise.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; left out, the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the result's weights; left out, the source's.")]
 Autocast = Annotated[str, typer.Option(help="auto, off or bfloat16.")]
+MixtureSchedule = Annotated[
+    str, typer.Option("--mixture", help="dynamic (follows losses), constant, proportional (to tokens), auto.")
+]
+Weights = Annotated[str | None, typer.Option(help="Starting shares: a=.5,b=.5; left out, by tokens.")]
+Reference = Annotated[
+    str | None, typer.Option(help="Losses to follow: a file of `shearling reference`, or a=1.9,b=2.1.")
+]
+MixtureRule = Annotated[str | None, typer.Option("--mixture-rule", help="anchored or paper (Sheared-LLaMA's).")]
+Signal = Annotated[str | None, typer.Option(help="Held against the reference: held_out, training or teacher_kl.")]
+Every = Annotated[int | None, typer.Option("--mixture-every", help="Steps between updates of the mixture.")]
+Repeats = Annotated[str | None, typer.Option(help="Readings of a domain at most: 4, or a=1,b=4; left out, unlimited.")]
+AtEnd = Annotated[str | None, typer.Option(help="Then: stop, redistribute or repeat; left out, refused beforehand.")]
+Separate = Annotated[
+    bool, typer.Option("--separate-documents", help="Keep documents apart in attention and positions.")
+]
+Workers = Annotated[int | None, typer.Option(help="Threads that read ahead; 0 for none.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 
@@ -95,6 +114,15 @@ def data(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides which are held out.  [default: 0]")] = None,
     processes: Annotated[int | None, typer.Option(help="Left out, as many as there are cores.")] = None,
+    text_column: Annotated[str, typer.Option(help="The column of texts.")] = "text",
+    messages_column: Annotated[str | None, typer.Option(help="The column of conversations, instead of texts.")] = None,
+    assistant_loss_only: Annotated[
+        bool, typer.Option("--assistant-loss-only", help="The loss counts on what the assistant says alone.")
+    ] = False,
+    tokens_dtype: Annotated[str, typer.Option(help="Of MDS columns of tokens, which don't say.")] = "int64",
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Pass over broken records, and count them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Documents to a token store: JSONL, plain text, .gz, .zst; folders of folders are domains by name.
@@ -116,7 +144,9 @@ def data(
 
     from shearling.recipe import Data, validated
 
-    asked = validated(Data, {"inputs": inputs, **_given(held_out=held_out, seed=seed, processes=processes)})
+    options = _given(held_out=held_out, seed=seed, processes=processes, messages_column=messages_column)
+    options |= {"text_column": text_column, "tokens_dtype": tokens_dtype, "skip_broken": skip_broken}
+    asked = validated(Data, {"inputs": inputs, "assistant_loss_only": assistant_loss_only, **options})
 
     from shearling.verbs.data import add_documents, make_store
 
@@ -136,10 +166,11 @@ def data(
     _rows(("domain", "train tokens", "held out"), [(d, f"{c['train']:,}", f"{c['eval']:,}") for d, c in counts.items()])
 
 
-def _inspect_store(store: str, *, as_json: bool, **options: str | None) -> None:
-    from shearling.recipe import Inspect, validated
+def _inspect_store(store: str, *, proportions: str | None, as_json: bool, **options: str | None) -> None:
+    from shearling.recipe import Inspect, parse_shares, validated
 
-    asked = validated(Inspect, _given(**options))
+    shares = {"proportions": parse_shares(proportions, "--proportions")} if proportions else {}
+    asked = validated(Inspect, {**_given(**options), **shares})
 
     from shearling.verbs.data import inspect_store
 
@@ -201,6 +232,16 @@ def prune(
     lr: Lr = None,
     batch_tokens: BatchTokens = None,
     seq_len: SeqLen = None,
+    mixture: MixtureSchedule = "auto",
+    weights: Weights = None,
+    reference: Reference = None,
+    mixture_rule: MixtureRule = None,
+    signal: Signal = None,
+    mixture_every: Every = None,
+    repeats: Repeats = None,
+    at_end: AtEnd = None,
+    separate_documents: Separate = False,
+    workers: Workers = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -214,12 +255,15 @@ def prune(
 
     masks = _given(relaxation=relaxation, start=start, lr=mask_lr)
     training = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    training |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile)
+    training |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    training |= {"repeats": _repeats(repeats), "separate_documents": separate_documents}
+    mixing = _mixture(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
     if steps is not None:
         base.pop("tokens", None)
     asked = {**base, **training, "activation_checkpointing": activation_checkpointing, "to": to, "method": method}
     asked["masks"] = {**base.get("masks", {}), **masks}
+    asked["mixture"] = {**base.get("mixture", {}), **mixing}
     section = validated(Prune, asked)
 
     from shearling.verbs.prune import prune
@@ -249,6 +293,16 @@ def heal(
     lr: Lr = None,
     batch_tokens: BatchTokens = None,
     seq_len: SeqLen = None,
+    mixture: MixtureSchedule = "auto",
+    weights: Weights = None,
+    reference: Reference = None,
+    mixture_rule: MixtureRule = None,
+    signal: Signal = None,
+    mixture_every: Every = None,
+    repeats: Repeats = None,
+    at_end: AtEnd = None,
+    separate_documents: Separate = False,
+    workers: Workers = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -261,8 +315,10 @@ def heal(
     from shearling.recipe import Heal, validated
 
     asked = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    asked |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile)
-    asked["activation_checkpointing"] = activation_checkpointing
+    asked |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    asked |= {"repeats": _repeats(repeats), "separate_documents": separate_documents}
+    mixing = _mixture(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
+    asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}
     section = validated(Heal, asked)
 
     from shearling.verbs.heal import heal
@@ -287,7 +343,7 @@ def eval_(
     dtype: Annotated[str | None, typer.Option(help="To compute in; left out, float32.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss per domain, in nats per token."""
+    """Held-out loss per domain, with its standard error over documents, per byte, and as perplexity."""
     from shearling.recipe import Eval, validated
 
     asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
@@ -299,7 +355,51 @@ def eval_(
         _print_json(result)
         return
     print(f"{model}: {result.parameters:,} parameters, windows of {result.seq_len} tokens")
-    _losses({"loss": result.losses})
+    _figures(result.figures)
+
+
+@app.command(
+    epilog="Example: `shearling reference --scaling-law losses.yaml --size 1.3B --data store --out reference.json`"
+)
+def reference(
+    from_source: Annotated[str | None, typer.Option(help="The model whose own held-out losses to take.")] = None,
+    scaling_law: Annotated[
+        str | None, typer.Option(help="A YAML or JSON file: sizes: [...], losses: {domain: [...]}.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="With --scaling-law: parameters of the small model, as 1.3B.")
+    ] = None,
+    given: Annotated[str | None, typer.Option(help="The losses themselves, as wiki=1.9,code=0.8.")] = None,
+    data: Annotated[str | None, typer.Option(help="The token store that they are for.")] = None,
+    seq_len: SeqLen = None,
+    windows: Annotated[int | None, typer.Option(help="Held-out windows a domain; left out, as many as heal.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="To compute in; left out, float32.")] = None,
+    out: Annotated[str | None, typer.Option(help="The file to write, for `heal --reference`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Losses per domain that a smaller model should reach: its source's, a scaling law's, or given."""
+    from shearling.recipe import Eval, validated
+
+    asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+
+    from shearling.verbs.reference import check_out, write_reference
+    from shearling.verbs.reference import reference as find
+
+    if out is not None:
+        check_out(Path(out))
+    found = find(from_source=from_source, scaling_law=scaling_law, given=given, size=size, data=data, asked=asked)
+    if out is not None:
+        write_reference(found, Path(out))
+    if as_json:
+        _print_json(found.losses)
+    else:
+        print(found.how)
+        _rows(("domain", "nats per token"), [(domain, f"{loss:.4f}") for domain, loss in found.losses.items()])
+    for note in found.notes:
+        print(note, file=sys.stderr if as_json else sys.stdout)
+    if out is not None and not as_json:
+        _say_done(out, False)
 
 
 @app.command(epilog="Example: `shearling run recipes/stories260k.yaml --set heal.tokens=2M`")
@@ -364,9 +464,15 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def steps(self, title: str, steps: int) -> Callable[[int, float], None]:
+    def steps(self, title: str, steps: int) -> Callable[[int, float, Mapping[str, float]], None]:
         task = self._bars.add_task(title, total=steps, note="")
-        return lambda step, loss: self._bars.update(task, completed=step, note=f"loss {loss:.3f}")
+
+        def update(step: int, loss: float, excess: Mapping[str, float]) -> None:
+            worst = sorted(excess, key=lambda domain: -excess[domain])[:3]
+            behind = ", ".join(f"{domain} +{excess[domain]:.2f}" for domain in worst if excess[domain] > 0)
+            self._bars.update(task, completed=step, note=f"loss {loss:.3f}" + (f"; behind: {behind}" if behind else ""))
+
+        return update
 
     def documents(self, domain: str, documents: int, tokens: int) -> None:
         task = next((t.id for t in self._bars.tasks if t.description == domain), None)
@@ -377,6 +483,20 @@ class _Progress:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _mixture(schedule: str, weights: str | None, **options: Any) -> dict[str, Any]:
+    """The section of a recipe that these options stand for."""
+    from shearling.recipe import parse_shares
+
+    shares = None if weights is None else parse_shares(weights, "--weights")
+    return _given(schedule=None if schedule == "auto" else schedule, weights=shares, **options)
+
+
+def _repeats(text: str | None) -> Any:
+    from shearling.recipe import parse_shares
+
+    return parse_shares(text, "--repeats", int) if text and "=" in text else text
 
 
 def _print_json(value: Any) -> None:
@@ -404,6 +524,29 @@ def _losses(columns: Mapping[str, Mapping[str, float]]) -> None:
     _rows(("held-out loss", *columns), [*rows, ("mean", *means)])
 
 
+def _figures(figures: Mapping[str, "Measured"]) -> None:
+    """All figures of a measurement, a row a domain, and the mean loss."""
+    head = ("held-out loss", "nats per token", "standard error", "nats per byte", "perplexity", "tokens", "documents")
+    rows = [
+        (
+            domain,
+            f"{found.nats_per_token:.4f}",
+            _or_dash(found.standard_error),
+            _or_dash(found.nats_per_byte),
+            f"{found.perplexity:,.2f}",
+            f"{found.tokens:,}",
+            f"{found.documents:,}",
+        )
+        for domain, found in figures.items()
+    ]
+    mean = sum(found.nats_per_token for found in figures.values()) / len(figures)
+    _rows(head, [*rows, ("mean", f"{mean:.4f}", "", "", "", "", "")])
+
+
+def _or_dash(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.4f}"
+
+
 def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
@@ -418,6 +561,7 @@ def _bytes(count: int) -> str:
 def main() -> None:
     """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, anything else with 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("shearling").setLevel(logging.INFO)
     try:
         app()
     except UserError as error:

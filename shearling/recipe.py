@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from shearling.axes.shape import parse_target
 from shearling.errors import UserError, nearest, raise_all
 from shearling.masks.options import PAPER, Options
+from shearling.mixture.options import Options as Mixture
 
 RECIPE_FILE = "recipe.yaml"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -32,21 +33,26 @@ def parse_shape(value: object) -> dict[str, int]:
     return parse_target(str(value))
 
 
-def parse_proportions(value: object) -> dict[str, float]:
-    """Shares by domain: a mapping, or text as `code=0.5,prose=0.5`. Raises ValueError: what it expects."""
-    if isinstance(value, Mapping):
-        return {str(domain): float(share) for domain, share in value.items()}
-    pairs = [pair.rpartition("=") for pair in str(value).split(",")]
-    found = {domain.strip(): float(share) for domain, sign, share in pairs if sign and domain.strip()}
-    if len(found) != len(pairs):
-        raise ValueError("a share for each domain, each once, as code=0.5,prose=0.5")
+def parse_shares(text: str, what: str, kind: type[int] | type[float] = float) -> dict[str, Any]:
+    """Numbers by domain, as a=.5,b=.5. Raises UserError."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            number = kind(value)
+        except ValueError as error:
+            raise UserError(what, found=repr(part), expected="domain=number", change="write as a=.5,b=.5") from error
+        if name in found:
+            raise UserError(what, found=f"{name!r} twice", expected="each domain once", change="leave one out")
+        found[name] = number
     return found
 
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
-Proportions = Annotated[dict[str, float], BeforeValidator(parse_proportions)]
 Target = Annotated[dict[str, int], BeforeValidator(parse_shape)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+AtEnd = Literal["refuse", "stop", "redistribute", "repeat"]
+Count = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -62,18 +68,22 @@ class Training(Section):
     """What pruning and healing share. What is left out is chosen from the model's size, the budget and the data."""
 
     tokens: Tokens | None = None
-    steps: int | None = Field(None, gt=0)
-    lr: float | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     batch_tokens: Tokens | None = None
-    seq_len: int | None = Field(None, gt=1)
-    micro_sequences: int | None = Field(None, gt=0)
-    proportions: dict[str, float] | None = None  # left out: by tokens
-    eval_windows: int = Field(64, gt=0)  # held-out windows a domain
-    eval_every: int | None = Field(None, ge=0)  # steps; left out: a tenth of the run
+    seq_len: int | None = Field(default=None, gt=1)
+    micro_sequences: int | None = Field(default=None, gt=0)
+    mixture: Mixture = Mixture()
+    repeats: dict[str, Count] | Count | None = None  # readings of a domain; left out: unlimited
+    at_end: AtEnd = "refuse"  # when those are used up
+    separate_documents: bool = False  # kept apart in attention and positions; else packed
+    workers: int = Field(default=1, ge=0)  # threads that read ahead
+    eval_windows: int = Field(default=64, gt=0)  # held-out windows a domain
+    eval_every: int | None = Field(default=None, ge=0)  # steps; left out: a tenth of the run
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
-    warmup: float = Field(0.03, ge=0, lt=1)
-    decay: float = Field(1.0, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    decay: float = Field(default=1.0, ge=0, le=1)
+    clip_norm: float = Field(default=1.0, gt=0)
     seed: int = 0
     device: str | None = None
     dtype: Dtype | None = None  # of the result; left out: the source's
@@ -94,37 +104,89 @@ class Prune(Training):
 
     to: Target
     method: Literal["auto", "masks", "activation"] = "auto"
-    calibration_windows: int = Field(128, gt=0)
+    calibration_windows: int = Field(default=128, gt=0)
     masks: Options = Options()
-    decay: float = Field(0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with
+    decay: float = Field(default=0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with
+
+
+class Phase(Section):
+    """One of several phases of healing: whatever differs from the `heal` section that it stands in."""
+
+    tokens: Tokens | None = None
+    steps: int | None = Field(default=None, gt=0)
+    data: str | None = None  # a token store of its own, such as one of post-training text
+    lr: float | None = Field(default=None, gt=0)
+    batch_tokens: Tokens | None = None
+    seq_len: int | None = Field(default=None, gt=1)
+    micro_sequences: int | None = Field(default=None, gt=0)
+    mixture: Mixture | None = None
+    repeats: dict[str, Count] | Count | None = None
+    at_end: AtEnd | None = None
+    separate_documents: bool | None = None
+    schedule: Literal["trapezoid", "cosine"] | None = None
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    decay: float | None = Field(default=None, ge=0, le=1)
 
 
 class Heal(Training):
-    """Continued pre-training of the cut."""
+    """Continued pre-training of the cut, in one phase or in several."""
+
+    phases: list[Phase] = []
+
+    @model_validator(mode="after")
+    def _budgets(self) -> "Heal":
+        for number, phase in enumerate(self.phases):
+            if (phase.tokens is None) == (phase.steps is None):
+                found = f"tokens {phase.tokens} and steps {phase.steps}"
+                change = "give each phase a budget of its own"
+                raise UserError(f"phases.{number}", found=found, expected="one of them", change=change)
+        if self.phases and (self.tokens is not None or self.steps is not None):
+            change = "leave the section's own tokens or steps out"
+            raise UserError("heal", found="a budget beside phases", expected="those of the phases", change=change)
+        return self
+
+    def each_phase(self) -> "list[tuple[Heal, str | None]]":
+        """A section for each phase, whole, and the data of its own that it names.
+
+        The rate stays up between phases and rises only at the first: warm-up and decay are for the ends of the run.
+        """
+        if not self.phases:
+            return [(self, None)]
+        found, last = [], len(self.phases) - 1
+        for number, phase in enumerate(self.phases):
+            between = {"warmup": self.warmup if number == 0 else 0.0, "decay": self.decay if number == last else 0.0}
+            given = {name: value for name, value in phase if value is not None and name != "data"}
+            found.append((self.model_copy(update={"phases": [], **between, **given}), phase.data))
+        return found
 
 
 class Data(Section):
     """Documents to tokenise: files, folders, folders of folders."""
 
     inputs: list[str]
-    held_out: float = Field(0.01, gt=0, lt=1)
+    held_out: float = Field(default=0.01, gt=0, lt=1)
     seed: int = 0
-    processes: int | None = Field(None, gt=0)  # left out: the cores, where the documents are worth it
+    processes: int | None = Field(default=None, gt=0)  # left out: the cores, where the documents are worth it
+    text_column: str = "text"
+    messages_column: str | None = None
+    assistant_loss_only: bool = False
+    tokens_dtype: str = "int64"  # of MDS columns of tokens, which don't say
+    skip_broken: bool = False
 
 
 class Inspect(Section):
     """What to tell of a token store: how often a budget of training tokens under a mixture reads each domain."""
 
     tokens: Tokens | None = None
-    proportions: Proportions | None = None  # left out: by tokens
+    proportions: dict[str, float] | None = None  # left out: by tokens
     tokenizer: str | None = None  # for the samples; left out: the one that the store names, if it is on this machine
 
 
 class Eval(Section):
     """Held-out loss of a model as it is."""
 
-    seq_len: int | None = Field(None, gt=1)
-    windows: int | None = Field(None, gt=0)  # a domain; left out: all
+    seq_len: int | None = Field(default=None, gt=1)
+    windows: int | None = Field(default=None, gt=0)  # a domain; left out: all
     device: str | None = None
     dtype: Dtype | None = None  # to compute in; left out: float32
 
@@ -159,6 +221,7 @@ PAPER_PRUNE: dict[str, Any] = {
     "schedule": "cosine",
     "warmup": 0.1,
     "masks": asdict(PAPER),
+    "mixture": {"schedule": "dynamic", "rule": "paper", "every": 50},
 }
 
 
@@ -175,21 +238,24 @@ def validated(kind: type[S], values: Mapping[str, Any], *, under: str = "") -> S
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key.key=value` overrides. Raises UserError for whatever doesn't fit."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise UserError(
-            f"recipe {path}", found=error.strerror, expected="a YAML file", change="check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}", found=str(error), expected="YAML", change="mend the file") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"recipe {path}", found=type(values).__name__, expected="keys and values", change="see recipes/"
-        )
+    values = read_mapping(path, what="recipe", change="see recipes/")
     for setting in settings:
         _override(values, setting)
     return validated(Recipe, values)
+
+
+def read_mapping(path: Path, *, what: str, change: str = "mend the file") -> dict[str, Any]:
+    """The keys and values of a YAML file, of which JSON is a kind; `what` it is. Raises UserError, a key twice too."""
+    what = f"{what} {path}"
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise UserError(what, found=error.strerror, expected="a YAML file", change="check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(what, found=str(error), expected="YAML", change="mend the file") from error
+    if not isinstance(values, dict):
+        raise UserError(what, found=type(values).__name__, expected="keys and values", change=change)
+    return values
 
 
 def write_recipe(recipe: Recipe, out: Path) -> None:
@@ -209,7 +275,8 @@ class _StrictLoader(yaml.SafeLoader):
     """A key that comes twice is an error, not a silent last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merged = "tag:yaml.org,2002:merge"  # `<<: *other` may come beside keys that override the other's
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merged]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(

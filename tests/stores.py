@@ -10,28 +10,39 @@ import pytest
 from shearling.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, dtype_for
 from shearling.data.shard import ShardWriter
 from shearling.data.store import Store
+from shearling.data.tokenise import Encoder, Pipeline
 from shearling.errors import UserError
 
 Shards = Sequence[Sequence[Sequence[int]]]  # of documents of ids
 
 
-def write_split(folder: Path, split: str, shards: Shards, *, dtype="uint16", losses=None) -> SplitEntry:
+def ten(ids: Sequence[int]) -> int:
+    """As many bytes of text for any document."""
+    return 10
+
+
+def write_split(folder: Path, split: str, shards: Shards, *, dtype="uint16", losses=None, bytes_of=ten) -> SplitEntry:
     folder.mkdir(exist_ok=True, parents=True)
     entries = []
     for number, documents in enumerate(shards):
         with ShardWriter(folder, f"{split}-{number:05}", dtype=dtype) as writer:
             for index, ids in enumerate(documents):
                 loss = losses.get((number, index)) if losses else None
-                writer.add(np.array(ids), text_bytes=10, loss=None if loss is None else np.array(loss, "u1"))
+                writer.add(np.array(ids), text_bytes=bytes_of(ids), loss=None if loss is None else np.array(loss, "u1"))
             entries.append(writer.finish())
     return SplitEntry(shards=entries, skipped=0)
 
 
-def write_store(folder: Path, domains: Mapping[str, Mapping[str, Shards]], *, vocab_size=300, losses=None) -> Path:
+def write_store(
+    folder: Path, domains: Mapping[str, Mapping[str, Shards]], *, vocab_size=300, losses=None, bytes_of=ten
+) -> Path:
     dtype = dtype_for(vocab_size)
     entries = {
         domain: DomainEntry(
-            **{s: write_split(folder / domain, s, shards, dtype=dtype, losses=losses) for s, shards in splits.items()},
+            **{
+                s: write_split(folder / domain, s, shards, dtype=dtype, losses=losses, bytes_of=bytes_of)
+                for s, shards in splits.items()
+            },
             sources=["0" * 16],
         )
         for domain, splits in domains.items()
@@ -41,6 +52,13 @@ def write_store(folder: Path, domains: Mapping[str, Mapping[str, Shards]], *, vo
         dtype=dtype, vocab_size=vocab_size, eos_id=0, tokenizer=tokenizer, seed=0, held_out=0.01, domains=entries
     ).write(folder)
     return folder
+
+
+def encoder_of(tokenizer, folder: Path) -> Encoder:
+    """An encoder with a tokenizer that is loaded already."""
+    encoder = Encoder(Pipeline.of(tokenizer, folder=folder))
+    encoder.tokenizer = tokenizer
+    return encoder
 
 
 def documents(store: Store, domain: str, split: str) -> list[list[int]]:

@@ -16,7 +16,7 @@ import shearling
 from shearling import cli
 from shearling.stage import Stage
 
-VERBS = ("inspect", "data", "prune", "heal", "eval", "run", "demo")
+VERBS = ("inspect", "data", "prune", "heal", "eval", "reference", "run", "demo")
 ENV = {**os.environ, "PYTHONPATH": str(Path(shearling.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 CONFIG = {
     "model_type": "llama",

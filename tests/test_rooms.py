@@ -17,8 +17,8 @@ ROWS = (
     ("run", "demo"),
     ("verbs",),
     ("recipe",),
-    ("masks", "cut", "train", "eval", "report"),
-    ("data", "loss", "weights", "record", "stage"),
+    ("masks", "cut", "train", "teacher", "eval", "report"),
+    ("data", "mixture", "loss", "weights", "record", "stage"),
     ("arch",),
     ("axes",),
 )
@@ -57,8 +57,11 @@ def test_imports_point_down(path: Path) -> None:
         assert LEVEL[there] > LEVEL[here], f"{here} imports {there}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in ("axes", "arch")], ids=lambda path: path.name)
-def test_axes_and_arch_stand_on_the_standard_library(path: Path) -> None:
+PURE = ("axes", "arch", "mixture")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in PURE], ids=lambda path: path.name)
+def test_the_pure_rooms_stand_on_the_standard_library(path: Path) -> None:
     for name in imports(path):
         assert name.partition(".")[0] in {*sys.stdlib_module_names, "shearling"}, name
 

@@ -1,50 +1,97 @@
-"""A store read under fixed proportions: what the training loop draws from, and what its held-out loss is taken on."""
+"""A store as one training run reads it: batches by position, repeats and the data's end, held-out windows."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
-from shearling.data.loader import batch, check_windows, held_out
-from shearling.data.sampler import SamplerState, draw
+from shearling.data.batch import Batch
+from shearling.data.loader import HeldOut, batch, check_windows, held_out
+from shearling.data.prefetch import Prefetch
+from shearling.data.sampler import Position, SamplerState, draw, slots_until_end
 from shearling.data.store import Store
+
+AtEnd = Literal["refuse", "stop", "redistribute", "repeat"]
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Batches of `sequences` windows, [B, seq_len + 1], domains in `proportions`; all that changes is the state."""
+    """Batches of `sequences` windows, [B, seq_len + 1]; all that changes is the sampler's state.
+
+    `repeats`: how often a domain may be read, for those where it is limited. `at_end` says what happens then: the run
+    stops, the domain's share goes to the others, or it is read again all the same ("refuse" is for whoever starts a
+    run). `rank` of `ranks` reads its share of each batch. `separate` keeps documents apart in attention and positions.
+    """
 
     store: Store
-    proportions: Mapping[str, float]
     seq_len: int
     sequences: int
     seed: int
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    at_end: AtEnd = "repeat"
+    separate: bool = False
+    workers: int = 1
+    rank: int = 0
+    ranks: int = 1
+    pin: bool = False
 
     def __post_init__(self) -> None:
         check_windows(self.store, self.store.domains, seq_len=self.seq_len)
-        draw(self.start(), self.proportions, 0)  # says at once what is wrong with the proportions
+        assert self.sequences % self.ranks == 0
 
     def start(self) -> SamplerState:
         """The state before anything is read."""
         return SamplerState.start(self.store.domains)
 
-    def draw(self, state: SamplerState) -> tuple[Tensor, SamplerState]:
-        """The next batch and the state after it."""
-        positions, after = draw(state, self.proportions, self.sequences)
-        return batch(self.store, positions, seq_len=self.seq_len, seed=self.seed), after
+    def reading(self) -> Prefetch:
+        """Draws batches while those that follow are read; a context manager."""
+        return Prefetch(self.following, self.read, workers=self.workers)
 
-    def held_out(self, *, limit: int | None, sequences: int) -> dict[str, Iterator[Tensor]]:
+    def following(self, state: SamplerState, weights: Mapping[str, float]) -> tuple[list[Position], SamplerState]:
+        """This rank's positions of the next batch, none at the data's end, and the state after it."""
+        limits = {} if self.at_end == "repeat" else self.limits()
+        found, after = draw(state, weights, self.sequences, limits=limits, redistribute=self.at_end == "redistribute")
+        if len(found) < self.sequences:
+            return [], state
+        share = self.sequences // self.ranks
+        return found[self.rank * share : (self.rank + 1) * share], after
+
+    def read(self, positions: Sequence[Position]) -> Batch:
+        """The windows at `positions`."""
+        found = batch(self.store, positions, seq_len=self.seq_len, seed=self.seed, separate=self.separate)
+        return found.pinned() if self.pin else found
+
+    def limits(self) -> dict[str, int]:
+        """Windows that each limited domain gives in all."""
+        return {d: n * self.windows(d) for d, n in self.repeats.items()}
+
+    def windows(self, domain: str) -> int:
+        """Windows in one reading of a domain."""
+        return self.store.window_count(domain, "train", self.seq_len)
+
+    def ends(self, weights: Mapping[str, float], state: SamplerState | None = None) -> dict[str, int]:
+        """The step at which each limited domain will have run out, if the weights stay; right to within one step."""
+        slots = slots_until_end(state or self.start(), weights, self.limits())
+        return {domain: count // self.sequences + 1 for domain, count in slots.items()}
+
+    def readings(self, weights: Mapping[str, float], steps: int) -> dict[str, float]:
+        """How often so many steps read each domain, if the weights stay."""
+        total = sum(weights.values())
+        return {d: steps * self.sequences * w / total / self.windows(d) for d, w in weights.items()}
+
+    def held_out(self, *, limit: int | None, sequences: int) -> dict[str, Iterator[HeldOut]]:
         """The same held-out windows each time, at most `limit` a domain, so many sequences at once."""
         return {
             domain: held_out(self.store, domain, seq_len=self.seq_len, limit=limit, sequences=sequences)
             for domain in self.store.domains
         }
 
-    def calibration(self, windows: int) -> Iterator[Tensor]:
+    def calibration(self, windows: int, weights: Mapping[str, float]) -> Iterator[Tensor]:
         """Ids [1, T] of the first windows of the train split that this seed gives."""
-        positions, _ = draw(self.start(), self.proportions, windows)
+        positions, _ = draw(self.start(), weights, windows)
         for position in positions:
-            yield batch(self.store, [position], seq_len=self.seq_len, seed=self.seed)[:, :-1]
+            yield batch(self.store, [position], seq_len=self.seq_len, seed=self.seed).ids[:, :-1]
 
 
 def by_size(store: Store) -> dict[str, float]:

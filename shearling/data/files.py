@@ -1,213 +1,247 @@
-"""Where a store's files lie: a local folder, memory-mapped, or any address of fsspec's, read by ranges."""
+"""Files and folders here and in object stores (anything fsspec opens): what is there, and bytes, decompressed.
 
-import hashlib
+A place is a string: a path, or a URL (s3://, gs://, hf://, memory:// ...). Local files never go through fsspec.
+"""
+
+import gzip
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, cast
 
-import numpy as np
+import fsspec
+import fsspec.config
+import zstandard
 
 from shearling.errors import UserError
 
-# A window of 2,048 ids is 4 or 8 KiB: what comes along in a block costs less than a second request.
-BLOCK_BYTES = 1 << 18
-CACHE_BYTES = 1 << 28  # of blocks from afar, in memory, for each store that is open
-OPEN_MAPS = 4096  # Linux gives a process 65,530 in all
-DIGEST_BYTES = 1 << 24
+COMPRESSED = (".gz", ".zst", ".zstd")
+READ_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 22  # what a store is asked for at once; s3fs's own 50 MB is more than a part
+# What `zstd --long=31` writes; the library's own limit refuses windows over 128 MB.
+ZSTD_WINDOW_BYTES = 1 << 31
+URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"secret|token|password|passwd|access_?key|credential|^key$|sas", re.IGNORECASE)
+MIN_SECRET = 6  # shorter values are words that occur anywhere
 
-Kept = TypeVar("Kept")
-
-
-class Files(Protocol):
-    """The files of one store, by names relative to it. All of it may be called from any number of threads."""
-
-    def address(self, name: str) -> str:
-        """The whole name of a file, for messages."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError, and UserError for what can't be read otherwise."""
-        ...
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """The files of a folder and their bytes; none of a folder that isn't there."""
-        ...
-
-    def array(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        """The values `start` to `stop` of a file, read-only."""
-        ...
-
-    def digest(self, name: str) -> str:
-        """The sha256 of a whole file."""
-        ...
+Kind = Literal["file", "folder", "neither"]
 
 
-def files_at(folder: Path | str) -> Files:
-    """The files of a local folder or of an address, s3://bucket/store. Raises UserError for what fsspec can't read."""
-    return RemoteFiles(folder) if isinstance(folder, str) and is_address(folder) else LocalFiles(Path(folder))
+def place(given: str | Path) -> str:
+    """A path or URL as this module takes it: `file://` is a local path, `~` is the home folder."""
+    path = str(given)
+    if path.startswith("file://"):
+        return path.removeprefix("file://")
+    return path if is_remote(path) else os.path.expanduser(path)
 
 
-def is_address(path: str) -> bool:
-    """Whether `path` is one of fsspec's, not a local one."""
-    return "://" in path
+def is_remote(path: str) -> bool:
+    """Whether fsspec opens it."""
+    return URL.match(path) is not None
 
 
-class Recent:
-    """The values used last, at most `limit` of their cost in all; asked by many threads."""
-
-    def __init__(self, limit: int):
-        self.limit, self.held = limit, 0
-        self._values: OrderedDict[object, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: object, make: Callable[[], Kept], *, cost: int = 1) -> Kept:
-        """The value of `key`, made if it isn't held. Two threads may make it at once: neither waits for the other."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key][0]
-        value = make()
-        with self._lock:
-            if key not in self._values:
-                self._values[key] = value, cost
-                self.held += cost
-            while self.held > self.limit:
-                self.held -= self._values.popitem(last=False)[1][1]
-        return value
+def name(path: str) -> str:
+    """The last component; a local path's as the user named it, links not resolved."""
+    return PurePosixPath(_bare_url(path)).name if is_remote(path) else os.path.basename(os.path.abspath(path))
 
 
-class LocalFiles:
-    """A folder of this machine; values are views of memory maps."""
+def suffix(path: str) -> str:
+    """The extension, lower case, without one of compression."""
+    return PurePosixPath(_uncompressed(path)).suffix.lower()
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._maps = Recent(OPEN_MAPS)
 
-    def address(self, name: str) -> str:
-        return str(self._folder / name)
+def stem(path: str) -> str:
+    """The name without extension and compression."""
+    return PurePosixPath(_uncompressed(name(path))).stem
 
-    def read(self, name: str) -> bytes:
+
+def compression(path: str) -> str:
+    """ ".gz", ".zst", ".zstd" or ""."""
+    found = PurePosixPath(path).suffix.lower()
+    return found if found in COMPRESSED else ""
+
+
+def join(folder: str, child: str) -> str:
+    """The place of `child` inside a folder."""
+    return f"{folder.rstrip('/')}/{child}" if is_remote(folder) else os.path.join(folder, child)
+
+
+def parent(path: str) -> str:
+    """The folder that a place is in."""
+    return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
+
+
+def look(path: str) -> Kind | None:
+    """What stands at a place, None for nothing. Raises UserError for a store that doesn't answer."""
+    with storage(path):
+        if not is_remote(path):
+            found = Path(path)
+            if not found.exists() and not found.is_symlink():
+                return None
+            return "folder" if found.is_dir() else "file" if found.is_file() else "neither"
+        filesystem, inside = open_filesystem(path)
         try:
-            return (self._folder / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(str(error)) from error
-        except OSError as error:
-            raise _unreadable(self.address(name), error) from error
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        try:
-            with os.scandir(self._folder / folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except OSError as error:
-            raise _unreadable(self.address(folder), error) from error
-
-    def array(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        try:
-            whole = self._maps.get(name, lambda: np.memmap(self._folder / name, dtype=dtype, mode="r"))
-        except (OSError, ValueError) as error:
-            raise _unreadable(self.address(name), error) from error
-        if len(whole) < stop:
-            raise _too_short(self.address(name), len(whole) * dtype.itemsize, stop * dtype.itemsize)
-        return whole[start:stop]
-
-    def digest(self, name: str) -> str:
-        try:
-            with open(self._folder / name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise _unreadable(self.address(name), error) from error
-
-
-class RemoteFiles:
-    """An address of fsspec's. Ranges come in blocks, of which the last CACHE_BYTES are kept in memory."""
-
-    def __init__(self, address: str):
-        self._root = address.rstrip("/")
-        self._blocks = Recent(CACHE_BYTES)
-        self._sizes: dict[str, int] = {}
-        try:
-            import fsspec
-
-            self._system, self._path = fsspec.core.url_to_fs(self._root)
-        except (ImportError, ValueError) as error:
-            change = 'run pip install "shearling[remote]" or check the address'
-            raise UserError(
-                address, found=str(error), expected="an address that fsspec reads", change=change
-            ) from error
-
-    def address(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def read(self, name: str) -> bytes:
-        return self._ask(name, lambda path: self._system.cat_file(path))
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        try:
-            listed = self._ask(folder, lambda path: self._system.ls(path, detail=True, refresh=True))
+            return _kind(filesystem.info(inside))
         except FileNotFoundError:
-            return {}
-        found = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"}
-        self._sizes |= {f"{folder}/{name}": size for name, size in found.items()}
-        return found
+            return None
 
-    def array(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        first, last = start * dtype.itemsize, stop * dtype.itemsize
-        size = self._sizes[name]
-        if size < last:
-            raise _too_short(self.address(name), size, last)
-        blocks = range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES))
-        raw = b"".join(self._block(name, number, size) for number in blocks)
-        skipped = first - blocks.start * BLOCK_BYTES
-        return np.frombuffer(raw, dtype, count=stop - start, offset=skipped)
 
-    def digest(self, name: str) -> str:
-        hashed = hashlib.sha256()
-        for raw in self._chunks(name, self._sizes[name]):
-            hashed.update(raw)
-        return hashed.hexdigest()
+def children(folder: str) -> dict[str, Kind]:
+    """What a folder holds, by place, in alphabetical order; hidden names are left out."""
+    with storage(folder):
+        if not is_remote(folder):
+            found: dict[str, Kind] = {str(child): look(str(child)) or "neither" for child in Path(folder).iterdir()}
+        else:
+            filesystem, inside = open_filesystem(folder)
+            listed = filesystem.ls(inside, detail=True)
+            # Some stores list a marker object of the folder's own name.
+            found = {
+                join(folder, PurePosixPath(entry["name"]).name): _kind(entry)
+                for entry in listed
+                if entry["name"].strip("/") != inside.strip("/")
+            }
+    return {path: found[path] for path in sorted(found) if not name(path).startswith(".")}
 
-    def _block(self, name: str, number: int, size: int) -> bytes:
-        start = number * BLOCK_BYTES
-        end = min(start + BLOCK_BYTES, size)
-        return self._blocks.get((name, number), lambda: self._range(name, start, end), cost=end - start)
 
-    def _chunks(self, name: str, size: int) -> Iterator[bytes]:
-        for start in range(0, size, DIGEST_BYTES):
-            yield self._range(name, start, min(start + DIGEST_BYTES, size))
+def size_bytes(path: str) -> int:
+    """The size of a file as stored."""
+    with storage(path):
+        if not is_remote(path):
+            return os.stat(path).st_size
+        filesystem, inside = open_filesystem(path)
+        return int(filesystem.size(inside) or 0)
 
-    def _range(self, name: str, start: int, end: int) -> bytes:
-        try:
-            raw = self._ask(name, lambda path: self._system.cat_file(path, start=start, end=end))
-        except FileNotFoundError as error:
-            raise _unreadable(self.address(name), error) from error
-        if len(raw) != end - start:
-            raise _too_short(self.address(name), start + len(raw), end)
-        return raw
 
-    def _ask(self, name: str, what: Callable[[str], Any]) -> Any:
-        try:
-            return what(f"{self._path}/{name}")
-        except FileNotFoundError:
+def version(path: str) -> str:
+    """What tells one state of a file from another: its size, and its time of change or the store's tag for it."""
+    with storage(path):
+        if not is_remote(path):
+            status = os.stat(path)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        filesystem, inside = open_filesystem(path)
+        info = filesystem.info(inside)
+        tags = [info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if key in info]
+        return f"{info['size']} {tags[:1]}"
+
+
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """A file to read and seek in, as stored. Raises UserError when it can't be opened or read inside the block."""
+    with storage(path):
+        filesystem, inside = open_filesystem(path) if is_remote(path) else (None, path)
+        with filesystem.open(inside, "rb", block_size=BLOCK_BYTES) if filesystem else open(path, "rb") as file:
+            yield cast(BinaryIO, file)
+
+
+def chunks(path: str, *, start: int = 0) -> Iterator[bytes]:
+    """A file's bytes, decompressed, from byte `start` of an uncompressed one. Raises UserError for a broken file."""
+    kind = compression(path)
+    with opened(path) as file:
+        if not kind:
+            file.seek(start)
+            while chunk := file.read(READ_BYTES):
+                yield chunk
+            return
+        if not file.read(1):
+            raise EOFError("0 bytes")  # both libraries take an empty file for an empty text
+        file.seek(0)
+        yield from _gzip_chunks(file) if kind == ".gz" else _zstd_chunks(file)
+
+
+@contextmanager
+def storage(path: str) -> Iterator[None]:
+    """Turns what storage and decompression raise about `path` into a UserError that gives no secret away."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        known = isinstance(error, OSError | EOFError | zlib.error | zstandard.ZstdError)
+        # Stores raise classes of their own that share no base, and ValueError for an address that they can't take;
+        # any other class of Python's is a fault of ours.
+        foreign = type(error).__module__ != "builtins" or type(error) is ValueError
+        if not known and not (is_remote(path) and foreign):
             raise
-        except Exception as error:  # each object store has a library underneath with errors of its own
-            raise _unreadable(self.address(name), error) from error
+        kind = compression(path)
+        found = f"{type(error).__name__}: {without_secrets(str(error))}"
+        whole = f"a whole {kind} file" if kind else "a readable file"
+        change = "fetch or compress it again" if kind else "check the file and its permissions"
+        if is_remote(path):
+            change = f"check the address, your credentials and the network, or {change}"
+        raise UserError(shown(path), found=found, expected=whole, change=change) from error
 
 
-def _unreadable(address: str, error: Exception) -> UserError:
-    # Of others than the system's errors only the type: their words may quote an address with a key in it.
-    why = f": {error.strerror or error}" if isinstance(error, OSError) else ""
-    found, change = (
-        f"it can't be read ({type(error).__name__}{why})",
-        "check the address, the rights to it and the way there",
-    )
-    return UserError(address, found=found, expected="a file of a token store", change=change)
+def shown(path: str) -> str:
+    """A place for messages: a URL without password and query."""
+    return without_secrets(path) if "://" in path else path
 
 
-def _too_short(address: str, found: int, expected: int) -> UserError:
-    change = "copy the store again, or prepare the data again"
-    return UserError(address, found=f"{found} bytes", expected=f"at least {expected} bytes", change=change)
+def without_secrets(text: str) -> str:
+    """A text without passwords and queries of URLs, and the secrets of the environment and of fsspec's settings."""
+    text = re.sub(r"(://)[^/\s@]+@", r"\1***@", text)
+    text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\")]*", r"\1?***", text)
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets() -> set[str]:
+    found = {value for key, value in os.environ.items() if SECRET_NAMES.search(key)}
+    for settings in fsspec.config.conf.values():
+        if isinstance(settings, dict):
+            found |= {value for key, value in settings.items() if isinstance(value, str) and SECRET_NAMES.search(key)}
+    return {value for value in found if len(value) >= MIN_SECRET}
+
+
+def open_filesystem(path: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and what the URL is inside it. Raises UserError for one that isn't installed."""
+    protocol = path.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        missing = isinstance(error, ImportError)
+        raise UserError(
+            shown(path),
+            found=f"nothing installed that reads {protocol}:// ({error})" if missing else without_secrets(str(error)),
+            expected="a store that fsspec opens",
+            change=_install(protocol) if missing else "check the address",
+        ) from error
+
+
+def _install(protocol: str) -> str:
+    return "pip install 'shearling[remote]'" if protocol in ("s3", "s3a") else "install the package that it names"
+
+
+def _kind(info: dict[str, Any]) -> Kind:
+    return "folder" if info["type"] == "directory" else "file"
+
+
+def _bare_url(path: str) -> str:
+    return path.partition("://")[2].partition("?")[0].rstrip("/")
+
+
+def _uncompressed(path: str) -> str:
+    return path[: -len(kind)] if (kind := compression(path)) else path
+
+
+def _gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
+    with gzip.open(file) as text:
+        while chunk := text.read(READ_BYTES):
+            yield chunk
+
+
+def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
+    # Frame by frame, because zstandard's stream_reader ends a truncated file without a word.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
+    frame = None
+    while chunk := file.read(READ_BYTES):
+        while chunk:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file ends inside a frame")

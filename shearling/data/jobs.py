@@ -9,14 +9,16 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, ValidationError
 
+from shearling.data.document import Reading
 from shearling.data.documents import Domain, read
 from shearling.data.manifest import ShardEntry, Strict, dtype_for
 from shearling.data.shard import UNFINISHED, ShardWriter
 from shearling.data.sources import Source, check_unchanged, fingerprint, sources_of
 from shearling.data.tokenise import Encoder
+from shearling.errors import UserError
 
-# Of what is read, compressed or not: some ten seconds of work for one process, which is what a kill costs.
-SHARD_BYTES = 1 << 26
+# Of what is read, compressed or not: some seconds of work for one process, which is what a kill costs.
+SHARD_BYTES = 1 << 25
 TICKETS = 1 << 64
 RECEIPT = ".job"
 
@@ -33,6 +35,7 @@ class Job:
     key: str
     sources: tuple[Source, ...]
     below: int
+    reading: Reading
     last_share: float | None = None
 
     @property
@@ -52,6 +55,7 @@ class Finished(Strict):
     train: ShardEntry | None
     eval: ShardEntry | None
     skipped: NonNegativeInt
+    broken: NonNegativeInt
     tickets: tuple[int, int] | None
     sources: list[str]
 
@@ -78,15 +82,15 @@ class Receipt(Strict):
     finished: Finished
 
 
-def plan(domain: Domain, *, first: int, key: str, below: int) -> list[Job]:
+def plan(domain: Domain, *, first: int, key: str, below: int, reading: Reading) -> list[Job]:
     """The jobs of a domain, numbered from `first`. Its own eval files are held out, or else tickets under `below`.
 
     Raises UserError for a file that can't be looked at.
     """
     splits = [(domain.train, 0 if domain.eval else below), (domain.eval, TICKETS)]
-    groups = [(group, limit) for files, limit in splits for group in _groups(sources_of(files))]
+    groups = [(group, limit) for files, limit in splits for group in _groups(sources_of(files, reading))]
     return [
-        Job(domain.name, number, f"{key}/{domain.name}/{number}", group, limit)
+        Job(domain.name, number, f"{key}/{domain.name}/{number}", group, limit, reading)
         for number, (group, limit) in enumerate(groups, start=first)
     ]
 
@@ -96,7 +100,7 @@ def do(job: Job, encoder: Encoder, out: Path) -> Finished:
 
     Raises UserError for what can't be read or tokenised, and for files that change meanwhile.
     """
-    folder, skipped, drawn = out / job.domain, 0, list[int]()
+    folder, skipped, drawn, broken = out / job.domain, 0, list[int](), list[UserError]()
     folder.mkdir(exist_ok=True)
     (out / job.name).unlink(missing_ok=True)
     dtype = dtype_for(encoder.pipeline.vocab_size)
@@ -104,7 +108,8 @@ def do(job: Job, encoder: Encoder, out: Path) -> Finished:
         ShardWriter(folder, f"train-{job.number:05}", dtype=dtype) as train,
         ShardWriter(folder, f"eval-{job.number:05}", dtype=dtype) as held,
     ):
-        documents = (document for source in job.sources for document in read(source.part))
+        parts = (read(source.part, reading=job.reading, broken=broken.append) for source in job.sources)
+        documents = (document for part in parts for document in part)
         for number, piece in enumerate(encoder.pieces(documents)):
             if not len(piece.ids):
                 skipped += 1
@@ -118,9 +123,16 @@ def do(job: Job, encoder: Encoder, out: Path) -> Finished:
             for writer, written in chosen:
                 writer.add(written.ids, text_bytes=written.text_bytes, loss=written.loss)
         check_unchanged(job.sources)
-        prints = [fingerprint(source.part.path) for source in job.sources if source.part.start == 0]
+        firsts = [source.part.path for source in job.sources if source.part.start == 0 and source.num_bytes]
         tickets = (drawn[0], drawn[1]) if drawn else None
-        finished = Finished(train=train.finish(), eval=held.finish(), skipped=skipped, tickets=tickets, sources=prints)
+        finished = Finished(
+            train=train.finish(),
+            eval=held.finish(),
+            skipped=skipped,
+            broken=len(broken),
+            tickets=tickets,
+            sources=[fingerprint(str(path)) for path in firsts],
+        )
     receipt = Receipt(job=job.digest, finished=finished)
     new = out / f"{job.name}.{os.getpid()}{UNFINISHED}"
     new.write_text(receipt.model_dump_json(), encoding="utf-8")

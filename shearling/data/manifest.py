@@ -52,10 +52,11 @@ class ShardEntry(Strict):
 
 
 class SplitEntry(Strict):
-    """The shards of one split in the order of its stream; `skipped` documents held no text."""
+    """The shards of one split in the order of its stream; `skipped` documents had no text, `broken` records none."""
 
     shards: Annotated[list[ShardEntry], Field(min_length=1)]
     skipped: NonNegativeInt
+    broken: NonNegativeInt = 0
 
     @property
     def documents(self) -> int:

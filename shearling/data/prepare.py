@@ -5,7 +5,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shearling.data.document import Reading, some
 from shearling.data.documents import Domain, find_domains
+from shearling.data.files import shown
 from shearling.data.jobs import TICKETS, Finished, Job, do, done_before, files_of, plan
 from shearling.data.manifest import SPLITS, DomainEntry, Manifest, SplitEntry, TokenizerEntry, dtype_for
 from shearling.data.pool import default_processes, do_all
@@ -15,16 +17,18 @@ from shearling.data.tokenise import Encoder, Pipeline, fingerprint, load_tokeniz
 from shearling.errors import UserError, raise_all
 
 Progress = Callable[[str, int, int], None]  # a domain, its documents and its tokens so far
+DEFAULT = Reading()
 
 
 def prepare(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     *,
     tokenizer: Path,
     out: Path,
     held_out: float = 0.01,
     seed: int = 0,
     source: str | None = None,
+    reading: Reading = DEFAULT,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Store:
@@ -44,7 +48,7 @@ def prepare(
     domains = find_domains(inputs)
     loaded = load_tokenizer(tokenizer)
     pipeline = Pipeline.of(loaded, folder=tokenizer)
-    work = _Work(pipeline, out, processes, progress)
+    work = _Work(pipeline, out, reading, processes, progress)
     manifest = Manifest(
         dtype=dtype_for(pipeline.vocab_size),
         vocab_size=pipeline.vocab_size,
@@ -60,10 +64,11 @@ def prepare(
 
 def prepare_more(
     onto: Store,
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     *,
     tokenizer: Path,
     out: Path,
+    reading: Reading = DEFAULT,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -76,7 +81,7 @@ def prepare_more(
     _check_new(domains, onto)
     loaded = load_tokenizer(tokenizer)
     onto.check_tokenizer(fingerprint(loaded), str(tokenizer))
-    work, given = _Work(Pipeline.of(loaded, folder=tokenizer), out, processes, progress), onto.manifest
+    work, given = _Work(Pipeline.of(loaded, folder=tokenizer), out, reading, processes, progress), onto.manifest
     entries = _tokenised(domains, work, before=given.domains, held_out=given.held_out, seed=given.seed)
     manifest = given.model_copy(update={"domains": {**given.domains, **entries}})
     _finish(manifest, domains, out)
@@ -89,6 +94,7 @@ class _Work:
 
     pipeline: Pipeline
     out: Path
+    reading: Reading
     processes: int | None
     progress: Progress | None
 
@@ -101,7 +107,9 @@ def _tokenised(
     jobs = [
         job
         for domain in domains
-        for job in plan(domain, first=_next_number(before.get(domain.name)), key=str(seed), below=below)
+        for job in plan(
+            domain, first=_next_number(before.get(domain.name)), key=str(seed), below=below, reading=work.reading
+        )
     ]
     done = _do_or_find(jobs, work)
     entries = {}
@@ -154,15 +162,18 @@ def _both_splits(done: list[tuple[Job, Finished]], work: _Work, *, share: float)
 
 
 def _entry(domain: Domain, done: list[tuple[Job, Finished]], before: DomainEntry | None) -> DomainEntry:
-    skipped = {"train": 0, "eval": 0}
+    skipped, broken = Counter[str](), Counter[str]()
     for job, finished in done:
-        skipped["eval" if job.below == TICKETS else "train"] += finished.skipped
+        split = "eval" if job.below == TICKETS else "train"
+        skipped[split] += finished.skipped
+        broken[split] += finished.broken
     shards = {split: [shard for _, f in done if (shard := getattr(f, split))] for split in SPLITS}
     if not (any(shards.values()) if before else all(shards.values())):
         lacking = next(split for split in SPLITS if not shards[split])
+        more = f", {broken[lacking]} broken" if broken[lacking] else ""
         raise UserError(
-            f"domain {domain.name!r} ({domain.path})",
-            found=f"no documents with text for {lacking} ({skipped[lacking]} empty ones)",
+            f"domain {domain.name!r} ({shown(domain.path)})",
+            found=f"no documents with text for {lacking} ({skipped[lacking]} empty ones{more})",
             expected="at least one",
             change="add text or leave the domain out",
         )
@@ -171,6 +182,7 @@ def _entry(domain: Domain, done: list[tuple[Job, Finished]], before: DomainEntry
         split: SplitEntry(
             shards=[*(old[split].shards if old else []), *shards[split]],
             skipped=skipped[split] + (old[split].skipped if old else 0),
+            broken=broken[split] + (old[split].broken if old else 0),
         )
         for split in SPLITS
     }
@@ -183,13 +195,12 @@ def _check_new(domains: Sequence[Domain], onto: Store) -> None:
     for domain in domains:
         entry = onto.manifest.domains.get(domain.name)
         known = set(entry.sources) if entry else set()
-        again = [path for path in (*domain.train, *domain.eval) if path.stat().st_size and file_print(path) in known]
+        again = [path for path in (*domain.train, *domain.eval) if file_print(path) in known]
         if again:
-            shown = ", ".join(map(str, again[:3])) + (f" and {len(again) - 3} more" if len(again) > 3 else "")
             errors.append(
                 UserError(
                     f"domain {domain.name!r} of {onto.folder}",
-                    found=f"documents that it has already, from {shown}",
+                    found=f"documents that it has already, from {some([*map(shown, again)])}",
                     expected="new ones",
                     change="leave those files out",
                 )

@@ -42,27 +42,59 @@ class SamplerState:
         return cls(tuple(domains), zeros, zeros)
 
 
-def draw(state: SamplerState, proportions: Mapping[str, float], count: int) -> tuple[list[Position], SamplerState]:
+def draw(
+    state: SamplerState,
+    proportions: Mapping[str, float],
+    count: int,
+    *,
+    limits: Mapping[str, int] | None = None,
+    redistribute: bool = False,
+) -> tuple[list[Position], SamplerState]:
     """The next `count` positions and the state after them; proportions need not sum to one.
 
     The earliest deadline first among the eligible: a domain with c picks is eligible for slot n (from 0) if
     c < w (n + 1), and its deadline is ceil((c + 1) / w); ties go to the first domain. This is Pfair scheduling of one
     processor (Baruah et al. 1996, Tijdeman's chairman assignment), in integers and so exact. Proportions that differ
-    from the last draw's start the count anew. Raises UserError for proportions that aren't positive and finite, or
-    not one for each domain.
+    from the last draw's start the count anew.
+
+    `limits` are the windows that a domain may give in all. Once one has given them, its share goes to the others if
+    they `redistribute`, which is a change of proportions; else, or when all have, there are fewer positions than
+    `count`. Raises UserError for proportions that aren't positive and finite, or not one for each domain.
     """
-    weights = _weights(state.domains, proportions)
-    total = sum(weights)
+    asked = _weights(state.domains, proportions)
     drawn = list(state.drawn)
-    since = list(state.since) if weights == state.weights else [0] * len(drawn)
-    positions = []
-    for slot in range(sum(since), sum(since) + count):
-        eligible = (j for j, weight in enumerate(weights) if since[j] * total < weight * (slot + 1))
-        pick = min(eligible, key=lambda j: (-(-(since[j] + 1) * total // weights[j]), j))
+    allowed = [(limits or {}).get(domain, math.inf) for domain in state.domains]
+    last, since = state.weights, list(state.since)
+    positions: list[Position] = []
+    while len(positions) < count:
+        weights = asked
+        if redistribute:
+            weights = _coprime([w if drawn[j] < allowed[j] else 0 for j, w in enumerate(asked)])
+        if not any(weights):
+            break
+        if weights != last:
+            last, since = weights, [0] * len(drawn)
+        pick = _earliest_deadline(since, weights)
+        if drawn[pick] >= allowed[pick]:
+            break
         positions.append(Position(state.domains[pick], drawn[pick]))
         drawn[pick] += 1
         since[pick] += 1
-    return positions, replace(state, drawn=tuple(drawn), since=tuple(since), weights=weights)
+    return positions, replace(state, drawn=tuple(drawn), since=tuple(since), weights=last)
+
+
+def slots_until_end(state: SamplerState, proportions: Mapping[str, float], limits: Mapping[str, int]) -> dict[str, int]:
+    """After how many more windows, of all domains, each limited domain has given its last one at these proportions.
+
+    Right to within one window of that domain: the count at n windows is within one of its share.
+    """
+    weights = _weights(state.domains, proportions)
+    total = sum(weights)
+    return {
+        domain: max(0, limits[domain] - drawn) * total // weight
+        for domain, drawn, weight in zip(state.domains, state.drawn, weights, strict=True)
+        if domain in limits
+    }
 
 
 def place(position: Position, windows: int) -> tuple[int, int]:
@@ -116,6 +148,15 @@ def _weights(domains: tuple[str, ...], proportions: Mapping[str, float]) -> tupl
     raise_all(errors)
     fractions = [Fraction(proportions[name]) for name in domains]
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    weights = [int(fraction * scale) for fraction in fractions]
-    divisor = math.gcd(*weights)
+    return _coprime([int(fraction * scale) for fraction in fractions])
+
+
+def _coprime(weights: Sequence[int]) -> tuple[int, ...]:
+    divisor = math.gcd(*weights) or 1
     return tuple(weight // divisor for weight in weights)
+
+
+def _earliest_deadline(since: Sequence[int], weights: Sequence[int]) -> int:
+    slot, total = sum(since), sum(weights)
+    eligible = (j for j, weight in enumerate(weights) if since[j] * total < weight * (slot + 1))
+    return min(eligible, key=lambda j: (-(-(since[j] + 1) * total // weights[j]), j))

@@ -1,78 +1,83 @@
-"""What documents are read from: parts of files, whether these stay as they were, and whether they were here before."""
+"""What documents are read from: parts of sources, whether these stay as they are, whether they were here before."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from shearling.data import hub, megatron
+from shearling.data.document import Reading
 from shearling.data.documents import Part, parts
+from shearling.data.files import children, look, opened, place, shown, size_bytes, version
 from shearling.errors import UserError
 
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+SAMPLES, SAMPLE_BYTES = 4, 1 << 16  # from afar each sample is a block of some megabytes
+STREAMED_BYTES = 1 << 25  # what a shard of a streamed dataset is taken for, as its size isn't known
 
 
 @dataclass(frozen=True)
 class Source:
-    """A part of a file, and the file's size in bytes and time of change in nanoseconds when the job was planned."""
+    """A part of a source, its share of the source's bytes, and the version that the source had when it was listed."""
 
     part: Part
-    file_bytes: int
-    changed_ns: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the part alone."""
-        end = self.file_bytes if self.part.end is None else self.part.end
-        return end - self.part.start
+    num_bytes: int
+    version: str
 
 
-def sources_of(files: Iterable[Path]) -> Iterator[Source]:
-    """The parts of files in order. Raises UserError for a file that can't be looked at."""
-    for path in files:
-        file_bytes, changed_ns = _state(path)
-        yield from (Source(part, file_bytes, changed_ns) for part in parts(path))
+def sources_of(paths: Iterable[str], reading: Reading) -> Iterator[Source]:
+    """The parts of sources in order. Raises UserError for one that can't be looked at."""
+    for path in paths:
+        found, before = parts(path, reading=reading), _version(path)
+        total = sum(size_bytes(file) for file in _files(path))
+        size = total // max(len(found), 1) or STREAMED_BYTES * hub.is_dataset(path)
+        yield from (Source(part, size, before) for part in found)
 
 
 def check_unchanged(sources: Iterable[Source]) -> None:
-    """Raises UserError for a file that is no longer as it was when the sources were listed."""
-    for path, state in {source.part.path: (source.file_bytes, source.changed_ns) for source in sources}.items():
-        if _state(path) != state:
+    """Raises UserError for a source that is no longer as it was when it was listed."""
+    for path, before in {str(source.part.path): source.version for source in sources}.items():
+        if _version(path) != before:
             raise UserError(
-                str(path),
+                shown(path),
                 found="another size or time of change than when the preparation started",
                 expected="files that stay as they are while they are read",
                 change="run the same command again; what is finished of other files is kept",
             )
 
 
-def fingerprint(path: Path) -> str:
-    """16 hex digits of a file's size and of SAMPLES blocks spread evenly over it, the first and the last among them.
+def fingerprint(path: str) -> str:
+    """16 hex digits of a source: of each file's size and SAMPLES blocks spread evenly over it, first and last included.
 
-    The same for a copy under another name. Files alike in all of that, and different in between, it takes for one.
+    The same for a copy under another name, and for files alike in all of that though different in between. Datasets by
+    name are their names. Raises UserError for what can't be read.
     """
-    hashed = hashlib.blake2b(digest_size=8)
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            hashed.update(str(size).encode())
-            last = max(0, size - SAMPLE_BYTES)
+    hashed = hashlib.blake2b(path.encode() if hub.is_dataset(path) else b"", digest_size=8)
+    for file_path in _files(path):
+        size = size_bytes(file_path)
+        last = max(0, size - SAMPLE_BYTES)
+        hashed.update(str(size).encode())
+        with opened(file_path) as file:
             for start in sorted({last * number // (SAMPLES - 1) for number in range(SAMPLES)}):
                 file.seek(start)
                 hashed.update(file.read(SAMPLE_BYTES))
-    except OSError as error:
-        raise _unreadable(path, error) from error
     return hashed.hexdigest()
 
 
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return status.st_size, status.st_mtime_ns
+def _version(path: str) -> str:
+    versions = "\n".join(version(file) for file in _files(path))
+    return hashlib.blake2b(versions.encode(), digest_size=16).hexdigest()
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    found = f"it can't be read ({error.strerror or error})"
-    return UserError(str(path), found=found, expected="a readable file", change="check the file and its permissions")
+def _files(path: str) -> Iterator[str]:
+    """Every file of a source; none of a dataset by name."""
+    path = place(path)
+    if hub.is_dataset(path):
+        folder = hub.folder_of(path)
+        yield from _files(folder) if folder else ()
+        return
+    if look(path) == "folder":
+        for child in children(path):
+            yield from _files(child)
+        return
+    yield path
+    if megatron.is_megatron(path):
+        yield megatron.index_path(path)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from shearling.data.files import Files, files_at
 from shearling.data.manifest import (
     AGAIN,
     MANIFEST,
@@ -30,6 +29,7 @@ from shearling.data.manifest import (
     parse_manifest,
 )
 from shearling.data.manifest import name_error as name_error
+from shearling.data.store_files import Files, files_at
 from shearling.errors import UserError, nearest, raise_all
 
 
@@ -51,6 +51,7 @@ class Store:
         self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
         self.fingerprint = manifest.tokenizer.fingerprint
         self._files = files
+        self._offsets: dict[tuple[str, str], np.ndarray] = {}
         self._starts = {
             (domain, split): list(accumulate((shard.tokens for shard in entry.shards), initial=0))
             for domain, split, entry in self._splits()
@@ -101,8 +102,13 @@ class Store:
         return _joined(found) if found else np.empty(0, "u1")
 
     def offsets(self, domain: str, split: str) -> np.ndarray:
-        """Where documents start in the split's stream, and its end: uint64 [documents + 1], all of it in memory."""
-        shards, starts = self._entry(domain, split).shards, self._starts[domain, split]
+        """Where documents start in the split's stream, and its end: uint64 [documents + 1], in memory from then on."""
+        shards = self._entry(domain, split).shards
+        if (domain, split) not in self._offsets:
+            self._offsets[domain, split] = self._read_offsets(domain, shards, self._starts[domain, split])
+        return self._offsets[domain, split]
+
+    def _read_offsets(self, domain: str, shards: list[ShardEntry], starts: list[int]) -> np.ndarray:
         found = [
             self._values(domain, shard, "offsets", 0, shard.documents) + np.uint64(start)
             for shard, start in zip(shards, starts, strict=False)

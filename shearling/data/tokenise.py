@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from shearling.data.documents import Document
+from shearling.data import conversation
+from shearling.data.document import Document
 from shearling.data.long_text import encode_long
+from shearling.data.special import encode_around
 from shearling.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +43,6 @@ class Pipeline:
 
     folder: Path
     json: str
-    splits_special: bool
     eos_id: int
     vocab_size: int
 
@@ -58,7 +59,6 @@ class Pipeline:
         return cls(
             folder=Path(folder),
             json=tokenizer.backend_tokenizer.to_str(),
-            splits_special=tokenizer.split_special_tokens,
             eos_id=cast(int, tokenizer.eos_token_id),
             # The length alone is too small for a vocabulary with holes.
             vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())),
@@ -107,7 +107,8 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 class Encoder:
     """A tokenizer that ends documents with EOS, checks every id, and says which document it failed on.
 
-    A special token spelt out in a text becomes that token, as transformers does it everywhere.
+    A special token spelt out in a text stays plain text, so that no document can end another; a chat template's are
+    tokens.
     """
 
     def __init__(self, pipeline: Pipeline):
@@ -115,51 +116,91 @@ class Encoder:
 
     @cached_property
     def backend(self) -> "Tokenizer":
-        """The tokenizer itself, without transformers: a process of its own is ready in a tenth of the time."""
+        """What encodes texts: without transformers, so that a process of its own is ready in a tenth of the time."""
         from tokenizers import Tokenizer
 
         backend = Tokenizer.from_str(self.pipeline.json)
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = self.pipeline.splits_special
+        backend.encode_special_tokens = True  # as plain text, or a web page could forge a document's end
         return backend
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """What renders conversations and decodes, loaded when the first of them comes."""
+        return load_tokenizer(self.pipeline.folder)
 
     def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
         """Each document's ids with EOS, none of them for one without text. Raises UserError, naming the document."""
         for group in _batches(documents):
-            for document, ids in zip(group, self._ids(group), strict=True):
-                ended = np.append(ids, self.pipeline.eos_id) if len(ids) else ids
-                if len(ids) and ended.max() >= self.pipeline.vocab_size:
-                    found, expected = f"token id {ended.max()}", f"ids below {self.pipeline.vocab_size}"
-                    raise UserError(document.where, found=found, expected=expected, change="check the tokenizer")
-                yield Piece(document, ended, document.num_bytes)
+            plain = [document for document in group if document.is_text]
+            texts = iter(self._ids(plain) if plain else ())
+            for document in group:
+                yield self._ended(document, next(texts)) if document.is_text else self._made(document)
+
+    def _made(self, document: Document) -> Piece:
+        """The piece of a conversation, or of ids that were there already."""
+        if document.messages is None:
+            return self._ended(document, document.ids)
+        rendered = conversation.render(
+            self.tokenizer, document.messages, where=document.where, assistant_only=document.assistant_only
+        )
+        ids, loss = conversation.encode(self.tokenizer, rendered, where=document.where)
+        return self._ended(document, ids, loss=loss, text_bytes=len(rendered.text.encode()))
+
+    def _ended(
+        self, document: Document, ids, *, loss: np.ndarray | None = None, text_bytes: int | None = None
+    ) -> Piece:
+        """A document's ids, checked, with EOS unless they end with it or are none; EOS counts if what it ends does."""
+        ids, limit = np.asarray(ids), self.pipeline.vocab_size
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
+            wrong = ids.max() if ids.max() >= limit else ids.min()
+            found, expected = f"token id {wrong}", f"ids below {limit}"
+            raise UserError(document.where, found=found, expected=expected, change="check the tokenizer")
+        ids = ids.astype(np.int64)
+        if text_bytes is None:
+            text_bytes = document.num_bytes if document.is_text else self._text_bytes(ids)
+        if len(ids) and ids[-1] != self.pipeline.eos_id:
+            ids = np.append(ids, self.pipeline.eos_id)
+            loss = None if loss is None else np.append(loss, loss[-1])
+        return Piece(document, ids, text_bytes, loss)
+
+    def _text_bytes(self, ids: np.ndarray) -> int:
+        return len(str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).encode())
 
     def cut(self, piece: Piece, *, share: float) -> tuple[Piece, Piece]:
         """A document's first and last tokens, the last `share` of them apart; UserError below four tokens."""
         count, document = len(piece.ids), piece.document
-        kept = count - max(MIN_EVAL_TOKENS, math.ceil(share * count))
-        if kept < MIN_EVAL_TOKENS:
+        kept = max(MIN_EVAL_TOKENS, count - max(MIN_EVAL_TOKENS, math.ceil(share * count)))
+        if count < 2 * MIN_EVAL_TOKENS:
             raise UserError(
                 document.where,
                 found=f"a domain of {count} tokens",
                 expected=f"{2 * MIN_EVAL_TOKENS} or more, some of them to hold out",
                 change="add documents or leave it out",
             )
-        starts = [*self._long(document)[:, 1].tolist(), len(document.text)]
-        last_bytes = len(document.text[starts[kept] :].encode())
-        masks = (None, None) if piece.loss is None else (piece.loss[:kept], piece.loss[kept:])
-        first = Piece(document, piece.ids[:kept], document.num_bytes - last_bytes, masks[0])
-        return first, Piece(document, piece.ids[kept:], last_bytes, masks[1])
+        last_bytes = min(self._last_bytes(piece, kept), piece.text_bytes)
+        halves = (None, None) if piece.loss is None else (piece.loss[:kept], piece.loss[kept:])
+        first = Piece(document, piece.ids[:kept], piece.text_bytes - last_bytes, halves[0])
+        return first, Piece(document, piece.ids[kept:], last_bytes, halves[1])
+
+    def _last_bytes(self, piece: Piece, kept: int) -> int:
+        """The bytes of text that the ids from `kept` on stand for."""
+        text = piece.document.text
+        if not piece.document.is_text:
+            return self._text_bytes(piece.ids[kept:])
+        starts = [*self._long(piece.document)[:, 1].tolist(), len(text)]
+        if len(starts) != len(piece.ids):  # encoded around a special token
+            return self._text_bytes(piece.ids[kept:])
+        return len(text[starts[kept] :].encode())
 
     def _ids(self, documents: list[Document]) -> list[np.ndarray]:
-        texts = [document.text for document in documents]
         try:
-            if len(documents) == 1 and documents[0].num_bytes >= LONG_BYTES:
-                return [self._long(documents[0])[:, 0]]
-            encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-            # A tokenizer may make tokens of no text at all.
-            found = zip(encoded, texts, strict=True)
-            return [np.array(one.ids if text else [], dtype=np.int64) for one, text in found]
+            encoded = self._encoded(documents)
+            return [
+                np.array(encode_around(self.tokenizer, document.text), np.int64) if self._is_forged(ids) else ids
+                for document, ids in zip(documents, encoded, strict=True)
+            ]
         except BaseException as error:
             if not (type(error) is Exception or is_panic(error)):  # what tokenizers raises has no type of its own
                 raise
@@ -168,6 +209,17 @@ class Encoder:
             found = f"text that the tokenizer fails on ({type(error).__name__}: {error})"
             change = "remove the document or mend the tokenizer"
             raise UserError(documents[0].where, found=found, expected="token ids", change=change) from error
+
+    def _encoded(self, documents: list[Document]) -> list[np.ndarray]:
+        if len(documents) == 1 and documents[0].num_bytes >= LONG_BYTES:
+            return [self._long(documents[0])[:, 0]]
+        texts = [document.text for document in documents]
+        found = zip(self.backend.encode_batch_fast(texts, add_special_tokens=False), texts, strict=True)
+        # A tokenizer may make tokens of no text at all.
+        return [np.array(one.ids if text else [], dtype=np.int64) for one, text in found]
+
+    def _is_forged(self, ids: np.ndarray) -> bool:
+        return bool((ids == self.pipeline.eos_id).any())
 
     def _long(self, document: Document) -> np.ndarray:
         return encode_long(lambda text: self.backend.encode(text, add_special_tokens=False), document.text)

@@ -3,6 +3,7 @@
 B sequences, T tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,35 +14,77 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_TOKENS = 1024
 
 
-def next_token_loss(model: Any, ids: Tensor, *, loss_mask: Tensor | None = None) -> Tensor:
-    """Mean nats per predicted token of a transformers causal model on ids [B, T + 1].
-
-    `loss_mask` [B, T + 1]: a token whose entry is 0 is read but not asked for.
-    """
-    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+def next_token_loss(model: Any, ids: Tensor) -> Tensor:
+    """Mean nats per predicted token of a transformers causal model on ids [B, T + 1]."""
     targets = ids[:, 1:]
-    if loss_mask is not None:
-        targets = targets.masked_fill(loss_mask[:, 1:] == 0, -100)
+    hidden, weight = head_inputs(model, hidden_states(model, ids[:, :-1]))
+    return head_loss(hidden, weight, targets) / targets.numel()
+
+
+@torch.no_grad()
+def token_losses(model: Any, ids: Tensor) -> Tensor:
+    """Nats of each predicted token of ids [B, T + 1], fp32 [B, T], without gradients."""
+    hidden, weight = head_inputs(model, hidden_states(model, ids[:, :-1]))
+    targets = ids[:, 1:]
+    chunks = zip(hidden.flatten(0, -2).split(CHUNK_TOKENS), targets.flatten().split(CHUNK_TOKENS), strict=True)
+    parts = [functional.cross_entropy((h @ weight.T).float(), t, reduction="none") for h, t in chunks]
+    return torch.cat(parts).view(targets.shape)
+
+
+def hidden_states(model: Any, ids: Tensor, *, position_ids: Tensor | None = None) -> Tensor:
+    """What the head reads, [B, T, D], for ids [B, T]."""
+    return model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def head_inputs(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and the head's weight [V, D], both in the dtype that their product is to be taken in."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    return head_loss(hidden.flatten(0, -2), model.get_output_embeddings().weight.to(hidden.dtype), targets.flatten())
+    return hidden, model.get_output_embeddings().weight.to(hidden.dtype)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of softmax(hidden [N, D] weight^T [D, V]) at targets [N]; targets of -100 don't count."""
-    if len(hidden) < weight.shape[1] or len(weight) <= weight.shape[1]:
-        # So few tokens, or so small a vocabulary, that chunks would only cost time.
-        return functional.cross_entropy((hidden @ weight.T).float(), targets)
+    """Summed cross-entropy of softmax(hidden [..., D] weight^T [D, V]) at targets [...], those of -100 left out."""
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    if _is_small(hidden, weight):
+        return functional.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
     fused = getattr(functional, "linear_cross_entropy", None)  # torch 2.13 and later
     if fused is not None:
-        return fused(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions()).float()
+        options = torch.nn.LinearCrossEntropyOptions()
+        return fused(hidden, weight, targets, reduction="sum", options=options).float()
     total = torch.zeros((), device=hidden.device)
     for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
         part = checkpoint(_summed, h, weight, t, use_reentrant=False)
         assert isinstance(part, Tensor)
         total = total + part
-    return total / (targets != -100).sum()
+    return total
+
+
+def head_loss_by_domain(
+    hidden: Tensor, weight: Tensor, targets: Tensor, domains: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """`head_loss` of hidden [B, T, D] at targets [B, T], apart for each domain that some of the B windows are from."""
+    if _is_small(hidden.flatten(0, -2), weight):
+        logits = (hidden @ weight.T).float().flatten(0, -2)
+        by_window = functional.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).sum(-1)
+        for domain in sorted(set(domains)):
+            yield domain, by_window[_windows_of(domain, domains)].sum()
+        return
+    for domain in sorted(set(domains)):
+        rows = _windows_of(domain, domains)
+        yield domain, head_loss(hidden[rows], weight, targets[rows])
+
+
+def _windows_of(domain: int, domains: Sequence[int]) -> Any:
+    if all(other == domain for other in domains):
+        return slice(None)
+    return [row for row, other in enumerate(domains) if other == domain]
+
+
+def _is_small(hidden: Tensor, weight: Tensor) -> bool:
+    # So few tokens, or so small a vocabulary, that chunks would only cost time.
+    return len(hidden) < weight.shape[1] or len(weight) <= weight.shape[1]
 
 
 def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -76,6 +76,26 @@ def loss_curves(
     return _svg(draw, height_inches=3.4, name=title or f"{y_label} over {x_label}")
 
 
+def stacked_shares(series: Mapping[str, Points], *, x_label: str, y_label: str, title: str = "") -> str:
+    """Shares that sum to 1 as a stacked area, each holding from its x to the next; all series have the same xs."""
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    xs = [x for x, _ in next(iter(series.values()))]
+    ys = [[y for _, y in points] for points in series.values()]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(ys))]
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        areas = axes.stackplot(xs, ys, colors=colours, step="post", alpha=0.85, linewidth=0)
+        axes.set(xlabel=x_label, ylabel=y_label, title=title, ylim=(0, 1), xlim=(min(xs), max(xs)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if xs[-1] >= THOUSANDS_ABOVE:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend(areas[::-1], list(series)[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return _svg(draw, height_inches=3.0, name=title or f"{y_label} over {x_label}")
+
+
 def masks_by_layer(mask: Sequence[Any], *, title: str) -> str:
     """Mask values as a heat map, [layers][entries], [layers][kv_heads][groups] (the last two as one) or [entries].
 

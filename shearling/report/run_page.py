@@ -9,6 +9,7 @@ from shearling import record
 from shearling.axes.shape import Shape
 from shearling.errors import UserError
 from shearling.report.figures import kept_by_layer, loss_curves, masks_by_layer
+from shearling.report.mixture import mixture_parts
 from shearling.report.page import Cell, figure, heading, page, table, text
 
 Event = Mapping[str, Any]
@@ -37,6 +38,7 @@ def write_run_page(out: Path, *, title: str, folders: Mapping[str, Path]) -> Pat
         *shape_parts(origin),
         *loss_parts(stages),
         *curve_parts(stages),
+        *(part for label, events in stages.items() for part in mixture_parts(label, events)),
         *learning_parts(origin, stages),
         *layer_parts(origin),
         *(part for events in stages.values() for part in mask_parts(events)),

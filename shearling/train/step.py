@@ -1,12 +1,13 @@
-"""What a training run is made of: its settings, its state, and the terms that join the loss."""
+"""What a training run is made of: its settings, its state, and who takes part in a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
+from shearling.data.batch import Batch
+from shearling.train.objective import Losses
 from shearling.train.schedule import Schedule
 
 
@@ -18,6 +19,7 @@ class Settings:
     seq_len: int
     batch_sequences: int
     micro_sequences: int
+    domains: tuple[str, ...]
     schedule: Schedule
     clip_norm: float = 1.0
     eval_every: int = 0  # steps between held-out losses; 0: only at the ends
@@ -29,20 +31,35 @@ class Settings:
         return self.batch_sequences * self.seq_len
 
 
+class MixtureInForce(Protocol):
+    """Each domain's share of the batches, and by how much its loss was above its reference, where that is known."""
+
+    @property
+    def weights(self) -> Mapping[str, float]: ...
+    @property
+    def excess(self) -> Mapping[str, float]: ...
+
+
 @dataclass(frozen=True)
 class State:
-    """Where a run is. With the weights, the optimizers and the terms' own state, all that the next step depends on."""
+    """Where a run is. With the weights, the optimizers and the terms' own state, all that the next step depends on.
+
+    `tally`: the losses by domain since the mixture was last updated.
+    """
 
     step: int
     tokens: int
     sampler: Any
+    mixture: Any  # a MixtureInForce, which only its Steering looks into
+    tally: Losses | None = None
 
-    def after(self, tokens: int, sampler: Any) -> "State":
-        return replace(self, step=self.step + 1, tokens=self.tokens + tokens, sampler=sampler)
+    def after(self, tokens: int, sampler: Any, losses: Losses) -> "State":
+        tally = losses if self.tally is None else self.tally + losses
+        return replace(self, step=self.step + 1, tokens=self.tokens + tokens, sampler=sampler, tally=tally)
 
 
 class Term(Protocol):
-    """What takes part in each step beside the cross-entropy, such as masks under their constraint."""
+    """What takes part in each step beside the objective, such as masks under their constraint."""
 
     def begin(self, step: int) -> None:
         """Before the forward passes of a step."""
@@ -61,6 +78,25 @@ class Term(Protocol):
         ...
 
 
-Draw = Callable[[Any], tuple[Tensor, Any]]  # sampler state -> (ids [B, T + 1], the state after)
+class Steering(Protocol):
+    """Who decides the mixture: asked after every so many steps, from held-out losses or from those trained on."""
+
+    @property
+    def every(self) -> int: ...
+    @property
+    def wants_held_out(self) -> bool: ...
+
+    def __call__(self, mixture: Any, losses: Mapping[str, Mapping[str, float | None]]) -> tuple[Any, dict[str, Any]]:
+        """The mixture from the next step on, and what the record says of it.
+
+        `losses` by name and domain: "held_out" where it is wanted, and those of the objective since the last time,
+        None for a domain without samples.
+        """
+        ...
+
+
+# (sampler's state, weights by domain) -> (a batch, or None at the data's end, the state after)
+Draw = Callable[[Any, Mapping[str, float]], tuple[Batch | None, Any]]
 Log = Callable[..., None]  # (event, **fields)
 Evaluate = Callable[[], dict[str, float]]  # held-out loss by domain, of the model as it is
+OnStep = Callable[[int, float, Mapping[str, float]], None]  # (step, loss, excess by domain where it is known)

@@ -3,11 +3,12 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from shearling.data.files import is_address
+from shearling.data.document import Reading
+from shearling.data.files import is_remote, place, shown
 from shearling.data.jobs import has_receipts
 from shearling.data.manifest import MANIFEST, Manifest, parse_manifest
 from shearling.data.prepare import prepare, prepare_more
@@ -32,22 +33,22 @@ def make_store(asked: Data, *, tokenizer: str, out: str, progress: Progress | No
     _check_local(out)
     folder = resolve(tokenizer)
     check_code(folder)
-    inputs = _paths(asked)
     identity = {
         "verb": "data",
-        "inputs": [str(path.resolve()) for path in inputs],
         "tokenizer": fingerprint(load_tokenizer(folder)),
         "held_out": asked.held_out,
         "seed": asked.seed,
+        **_asked_of_documents(asked),
     }
     stage = Stage(Path(out), identity, resumable=has_receipts, discard=UserError)
     if stage.done:
         return Store.open(stage.out), True
     with stage as partial:
         prepare(
-            inputs,
+            asked.inputs,
             tokenizer=folder,
             source=tokenizer,
+            reading=_reading(asked),
             out=partial,
             held_out=asked.held_out,
             seed=asked.seed,
@@ -66,17 +67,25 @@ def add_documents(asked: Data, *, tokenizer: str, out: str, progress: Progress |
     _check_local(out)
     folder = resolve(tokenizer)
     check_code(folder)
-    inputs, store = _paths(asked), Path(os.path.abspath(Path(out).expanduser()))
+    store = Path(os.path.abspath(Path(out).expanduser()))
     with locked(store.with_name(f"{store.name}.more.lock")):
         onto = Store.open(store)
         more = store.with_name(f"{store.name}.more")
         if (more / MANIFEST).is_file() and (more / MANIFEST).read_bytes() == (store / MANIFEST).read_bytes():
             shutil.rmtree(more)  # all of it was in the store when its process ended
-        identity = {"verb": "data --add", "inputs": [str(path.resolve()) for path in inputs], "onto": onto.digest}
+        identity = {"verb": "data --add", "onto": onto.digest, **_asked_of_documents(asked)}
         stage = Stage(more, identity, resumable=has_receipts, discard=UserError)
         if not stage.done:
             with stage as partial:
-                prepare_more(onto, inputs, tokenizer=folder, out=partial, processes=asked.processes, progress=progress)
+                prepare_more(
+                    onto,
+                    asked.inputs,
+                    tokenizer=folder,
+                    reading=_reading(asked),
+                    out=partial,
+                    processes=asked.processes,
+                    progress=progress,
+                )
         _join(more, store, onto.manifest)
         shutil.rmtree(more)
     return Store.open(store)
@@ -160,11 +169,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _paths(asked: Data) -> list[Path]:
-    return [Path(path).expanduser() for path in asked.inputs]
+def _reading(asked: Data) -> Reading:
+    return Reading(**{field.name: getattr(asked, field.name) for field in fields(Reading)})
+
+
+def _asked_of_documents(asked: Data) -> dict[str, Any]:
+    """What decides which documents are read: for the identity of what is made of them, without passwords of URLs."""
+    return {"inputs": [_named(path) for path in asked.inputs], "reading": asdict(_reading(asked))}
+
+
+def _named(path: str) -> str:
+    path = place(path)
+    return str(Path(path).resolve()) if os.path.lexists(path) else shown(path)
 
 
 def _check_local(out: str) -> None:
-    if is_address(out):
+    if is_remote(out):
         change = "write to a local folder and copy it there; it can be read in place"
         raise UserError(f"output {out}", found="an address", expected="a local folder", change=change)

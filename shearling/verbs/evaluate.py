@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from shearling.data.feed import Feed, by_size
+from shearling.data.feed import Feed
+from shearling.data.loader import bytes_per_token
 from shearling.data.store import Store
-from shearling.loss.held_out import held_out_losses
+from shearling.loss.held_out import Measured, measure
 from shearling.verbs.session import FORWARD_TOKENS, choose_device
 from shearling.verbs.source import Source
 from shearling.weights.model import load_model
@@ -14,12 +15,12 @@ from shearling.weights.model import load_model
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out losses in nats per token, by domain, and the windows that they were taken on."""
+    """Held-out losses in nats per token, by domain, with all the figures behind them, on windows of `seq_len`."""
 
     model: str
     parameters: int
     losses: dict[str, float]
-    windows: dict[str, int]
+    figures: dict[str, Measured]
     seq_len: int
 
 
@@ -39,9 +40,8 @@ def evaluate(
     source.check_store(store)
     seq_len = seq_len or source.seq_len()
     sequences = max(1, FORWARD_TOKENS // seq_len)
-    feed = Feed(store, by_size(store), seq_len, sequences, seed=0)
+    feed = Feed(store, seq_len, sequences, seed=0)
     loaded = load_model(source.folder, dtype=getattr(torch, dtype or "float32"), device=device)
-    losses = held_out_losses(loaded, feed.held_out(limit=windows, sequences=sequences))
-    counts = {d: max(1, store.window_count(d, "eval", seq_len)) for d in store.domains}
-    read = {d: min(count, windows or count) for d, count in counts.items()}
-    return Evaluated(model, source.parameters, losses, read, seq_len)
+    figures = measure(loaded, feed.held_out(limit=windows, sequences=sequences), bytes_per_token=bytes_per_token(store))
+    losses = {domain: found.nats_per_token for domain, found in figures.items()}
+    return Evaluated(model, source.parameters, losses, figures, seq_len)

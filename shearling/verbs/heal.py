@@ -1,26 +1,40 @@
-"""`heal`: continued pre-training of a model, from the loss that the cut left it with."""
+"""`heal`: continued pre-training of a model, from the loss that the cut left it with, in one phase or in several."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
 
 from shearling.data.store import Store
+from shearling.loss.held_out import by_domain
 from shearling.recipe import Heal
 from shearling.record import Record, versions
 from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
+from shearling.train.step import State
+from shearling.verbs.aim import aimed, given, source_losses
 from shearling.verbs.session import Session, Watch, unwatched
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.weights.model import load_model, reader
 
+log = logging.getLogger(__name__)
+
 TOKENS_PER_PARAMETER = 20  # about what a model of this size can use (Hoffmann et al. 2022, arXiv 2203.15556)
+STEPS_BETWEEN_UPDATES = 400  # of the mixture, at most (Sheared-LLaMA)
 
 
 @dataclass(frozen=True)
 class Healed:
-    """What healing came to: held-out losses in nats per token, by domain."""
+    """What healing came to: held-out losses in nats per token by domain, with the standard errors of the last ones.
+
+    They are taken on the windows of the first phase.
+    """
 
     out: Path
     parameters: int
@@ -28,52 +42,120 @@ class Healed:
     losses: Mapping[str, float]
     tokens: int
     flops: float
+    standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     done_before: bool = False
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase: what was asked, and the session made of it."""
+
+    asked: Heal
+    session: Session
 
 
 def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatched) -> Healed:
     """Trains `model` on `data` and leaves the result as a model folder at `out`."""
     source = Source.open(model, dtype=asked.dtype)
-    store = Store.open(data)
-    session = Session.plan(asked, source, store, default_tokens=TOKENS_PER_PARAMETER * source.parameters)
-    identity = {"verb": "heal", "model": source.fingerprint, "data": store.digest}
-    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json")})
+    phases = [_plan(phase, source, own or data) for phase, own in asked.each_phase()]
+    references = [given(phase.asked.mixture, phase.session) for phase in phases]
+    identity = {"verb": "heal", "model": source.fingerprint, "references": references}
+    identity["data"] = [phase.session.feed.store.digest for phase in phases]
+    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json", exclude={"workers"})})
     if stage.done:
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
     source.check_finite()
+    phases = [PhasePlan(p.asked, _aimed(p, source)) for p in phases]
+    for note in (note for phase in phases for note in phase.session.notes):
+        log.info(note)
     with stage as folder:
-        return _heal(source, session, asked, folder, stage.out, watch)
+        return Healing(source, phases, asked, folder, stage.out).run(watch)
 
 
-def _heal(source: Source, session: Session, asked: Heal, folder: Path, out: Path, watch: Watch) -> Healed:
-    record = Record(folder / "record.jsonl")
-    record.write("heal", versions=versions(), **session.describe())
-    model = load_model(source.folder, device=session.device)
-    before = session.losses(model)
-    record.write("held_out", step=0, of="cut", losses=before)
-    session.prepare(model, asked)
-    state = train(
-        model,
-        settings=session.settings,
-        state=session.state(),
-        draw=session.feed.draw,
-        optimizers=[adamw(model.parameters(), lr=session.lr)],
-        evaluate=session.evaluate(model),
-        log=record.write,
-        on_step=watch("healing", session.settings.steps),
+def _plan(asked: Heal, source: Source, data: str) -> PhasePlan:
+    budget = TOKENS_PER_PARAMETER * source.parameters
+    store = Store.open(data)
+    return PhasePlan(
+        asked,
+        Session.plan(asked, source, store, default_tokens=budget, most_between_updates=STEPS_BETWEEN_UPDATES),
     )
-    after = session.losses(model)
-    record.write("held_out", step=state.step, of="healed", losses=after)
-    layers = tuple(range(source.shape["num_hidden_layers"]))
-    source.save(folder, shape=source.shape, layers=layers, dtype=asked.dtype, tensor=reader(model))
-    result = Healed(
-        out=out,
-        parameters=source.parameters,
-        losses_before=before,
-        losses=after,
-        tokens=state.tokens,
-        flops=session.flops(source, source.shape),
-    )
-    write_origin(folder, {**source.origin(), "healed": figures(result)})
-    return result
+
+
+def _aimed(phase: PhasePlan, source: Source) -> Session:
+    return aimed(phase.session, phase.asked.mixture, lambda: source_losses(source, phase.session))
+
+
+@dataclass(frozen=True)
+class Healing:
+    """One healing under way in the stage's `folder`, everything settled."""
+
+    source: Source
+    phases: Sequence[PhasePlan]
+    asked: Heal
+    folder: Path
+    out: Path
+
+    def run(self, watch: Watch) -> Healed:
+        """The phases in order, and the losses before and after."""
+        source, first, record = self.source, self.phases[0].session, Record(self.folder / "record.jsonl")
+        record.write("heal", versions=versions(), **first.describe())
+        model = load_model(source.folder, device=first.device)
+        before = first.measure(model)
+        record.write("held_out", step=0, of="cut", **by_domain(before))
+        first.prepare(model, self.asked)
+        optimizer, states = adamw(model.parameters(), lr=first.lr), []
+        for number, phase in enumerate(self.phases):
+            states.append(self.train(model, number, phase, states, optimizer, record, watch))
+        after = by_domain(first.measure(model))
+        record.write("held_out", step=states[-1].step, of="healed", **after)
+        layers = tuple(range(source.shape["num_hidden_layers"]))
+        source.save(self.folder, shape=source.shape, layers=layers, dtype=self.asked.dtype, tensor=reader(model))
+        tokens = [0, *(state.tokens for state in states)]
+        spent = [b - a for a, b in pairwise(tokens)]
+        result = Healed(
+            out=self.out,
+            parameters=source.parameters,
+            losses_before=by_domain(before)["losses"],
+            losses=after["losses"],
+            standard_errors=after["standard_errors"],
+            tokens=tokens[-1],
+            flops=sum(p.session.flops(source, source.shape, tokens=n) for p, n in zip(self.phases, spent, strict=True)),
+        )
+        write_origin(self.folder, {**source.origin(), "healed": figures(result)})
+        return result
+
+    def train(
+        self,
+        model: Any,
+        number: int,
+        phase: PhasePlan,
+        before: Sequence[State],
+        optimizer: Optimizer,
+        record: Record,
+        watch: Watch,
+    ) -> State:
+        """One phase, from where the last one left the tokens' count; gives the state it ends in."""
+        session, title = phase.session, "healing"
+        state = session.state()
+        if len(self.phases) > 1:
+            title = f"healing, phase {number + 1}"
+            record.write("phase", number=number + 1, **session.describe())
+        if before:
+            state = session.state(after=before[-1], last=self.phases[number - 1].session)
+        record.write("mixture", step=0, tokens=state.tokens, **session.describe_mixture())
+        for group in optimizer.param_groups:
+            group["peak_lr"] = session.lr
+        with session.feed.reading() as reading:
+            return train(
+                model,
+                settings=session.settings,
+                state=state,
+                draw=reading.draw,
+                objective=session.objective(),
+                optimizers=[optimizer],
+                evaluate=session.evaluate(model),
+                steering=session.steering,
+                log=record.write,
+                on_step=watch(title, session.settings.steps),
+            )

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from shearling.axes.shape import Shape, resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
+from shearling.loss.held_out import by_domain
 from shearling.masks.attach import Attached
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.relaxations import make_gates
@@ -21,6 +22,7 @@ from shearling.record import Record, versions
 from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
+from shearling.verbs.aim import aimed, given
 from shearling.verbs.session import Session, Watch, unwatched
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.weights.model import load_model, reader
@@ -32,11 +34,12 @@ TOKENS_PER_PARAMETER = 4
 # At 15 to 60 steps the one-shot cut, healed for the same FLOPs, came out ahead in every comparison of benchmarks/; the
 # paper's masks had 3,200.
 MASKS_FROM_STEPS = 1000
+STEPS_BETWEEN_UPDATES = 50  # of the mixture, at most (Sheared-LLaMA)
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a prune came to: held-out losses in nats per token, by domain."""
+    """What a prune came to: held-out losses in nats per token, by domain, and the standard errors of the cut's."""
 
     out: Path
     source_parameters: int
@@ -46,6 +49,7 @@ class Pruned:
     flops: float = 0.0
     misses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     done_before: bool = False
 
 
@@ -54,12 +58,15 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
     source, target, notes = open_target(model, asked)
     store = Store.open(data)
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
-    session = Session.plan(asked, source, store, default_tokens=default_tokens)
+    session = Session.plan(
+        asked, source, store, default_tokens=default_tokens, most_between_updates=STEPS_BETWEEN_UPDATES
+    )
+    references = given(asked.mixture, session)
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
-    identity = {"verb": "prune", "model": source.fingerprint, "data": store.digest}
-    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json")})
+    identity = {"verb": "prune", "model": source.fingerprint, "data": store.digest, "references": references}
+    stage = Stage(Path(out), {**identity, **asked.model_dump(mode="json", exclude={"workers"})})
     if stage.done:
         return _read_back(stage.out)
     for note in notes:
@@ -101,13 +108,14 @@ class Pruning:
         chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
         record.write("prune", **chosen, versions=versions(), **session.describe())
         model = load_model(source.folder, device=session.device)
-        before = session.losses(model)
-        record.write("held_out", step=0, of="source", losses=before)
-        calibration = session.feed.calibration(self.asked.calibration_windows)
+        before = by_domain(session.measure(model))
+        record.write("held_out", step=0, of="source", **before)
+        calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
         importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
         misses, flops, read = (), 0.0, source.read
         if self.asked.method == "masks" and self.target != source.shape:
-            cut, misses = self.learn(model, importance, record, watch)
+            aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
+            cut, misses = replace(self, session=aim).learn(model, importance, record, watch)
             flops, read = session.flops(source, source.shape), reader(model)
         else:
             cut = self.score(importance)
@@ -120,14 +128,15 @@ class Pruning:
             dtype=self.asked.dtype,
             tensor=lambda row, layer: cut.tensor(row, layer, read),
         )
-        after = session.losses(load_model(self.folder, device=session.device))
-        record.write("held_out", step=session.settings.steps, of="cut", losses=after)
+        after = by_domain(session.measure(load_model(self.folder, device=session.device)))
+        record.write("held_out", step=session.settings.steps, of="cut", **after)
         result = Pruned(
             out=self.out,
             source_parameters=source.parameters,
             parameters=parameters(source.family, config),
-            source_losses=before,
-            losses=after,
+            source_losses=before["losses"],
+            losses=after["losses"],
+            standard_errors=after["standard_errors"],
             flops=flops,
             misses=misses,
             notes=self.notes,
@@ -157,23 +166,27 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        train(
-            model,
-            settings=session.settings,
-            state=session.state(),
-            draw=session.feed.draw,
-            optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
-            terms=[term],
-            evaluate=held_out,
-            log=record.write,
-            on_step=watch("learning masks", steps),
-        )
+        record.write("mixture", step=0, tokens=0, **session.describe_mixture())
+        with session.feed.reading() as reading:
+            train(
+                model,
+                settings=session.settings,
+                state=session.state(),
+                draw=reading.draw,
+                objective=session.objective(),
+                optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
+                terms=[term],
+                evaluate=held_out,
+                steering=session.steering,
+                log=record.write,
+                on_step=watch("learning masks", steps),
+            )
         kept = gates.kept()
         misses = tuple(str(miss) for miss in gates.misses(kept))
         for miss in misses:
             log.warning("off target before the cut: %s", miss)
         masks = {axis: mask.cpu() for axis, mask in term.settle().items()}
-        record.write("held_out", step=steps, of="masked", losses=session.losses(model))
+        record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         attached.remove()
         return Cut(source.family, source.config, self.target, kept, masks=masks), misses
@@ -188,6 +201,7 @@ class Pruning:
             "shape": dict(self.target),
             "kept": kept.to_json(),
             "method": self.asked.method,
+            "measured": self.session.measured_on(),
             "pruned": figures(result),
         }
 

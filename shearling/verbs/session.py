@@ -1,7 +1,7 @@
 """A training stage made ready: what the user left open chosen, once, from the model, the budget and the data."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite, log2
 from typing import Any
@@ -11,37 +11,51 @@ import torch
 from shearling.axes.count import flops_per_token
 from shearling.axes.shape import Shape
 from shearling.data.feed import Feed, by_size
+from shearling.data.loader import bytes_per_token
 from shearling.data.store import Store
-from shearling.errors import UserError, raise_all
-from shearling.loss.held_out import held_out_losses
+from shearling.errors import UserError, nearest, raise_all
+from shearling.loss.held_out import Measured, measure
+from shearling.mixture.options import Signal
+from shearling.mixture.steering import Steered
+from shearling.mixture.weights import Mixture, check_weights
 from shearling.recipe import Training
+from shearling.train.objective import NextToken, Objective
 from shearling.train.optim import default_lr
 from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Settings, State
 from shearling.verbs.source import Source
 
 FORWARD_TOKENS = 8192  # tokens that go through the model at once
-Watch = Callable[[str, int], Callable[[int, float], None]]  # (title, steps) -> called with (step, loss)
+UPDATES = 20  # of the mixture in a run, where nobody asks for another number
+Watch = Callable[[str, int], Callable[[int, float, Mapping[str, float]], None]]  # (title, steps) -> train's on_step
 
 
-def unwatched(title: str, steps: int) -> Callable[[int, float], None]:
+def unwatched(title: str, steps: int) -> Callable[[int, float, Mapping[str, float]], None]:
     """No progress shown."""
-    return lambda step, loss: None
+    return lambda step, loss, excess: None
 
 
 @dataclass(frozen=True)
 class Session:
-    """All that one call of the training loop needs beside the model, and the rate to train at."""
+    """All that one call of the training loop needs beside the model, and the rate to train at.
+
+    `mixture` is what it starts with, `steering` who changes it. `notes` say what a user should know before it starts.
+    """
 
     settings: Settings
     feed: Feed
     device: str
     lr: float
     eval_windows: int
+    mixture: Mixture
+    steering: Steered | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def plan(cls, asked: Training, source: Source, store: Store, *, default_tokens: int) -> "Session":
-        """Fills in what `asked` leaves open."""
+    def plan(
+        cls, asked: Training, source: Source, store: Store, *, default_tokens: int, most_between_updates: int
+    ) -> "Session":
+        """Fills in what `asked` leaves open; the mixture is steered once `steered` has said towards what."""
         source.check_store(store)
         device = choose_device(asked.device)
         seq_len = asked.seq_len or source.seq_len()
@@ -55,35 +69,73 @@ class Session:
             seq_len=seq_len,
             batch_sequences=sequences,
             micro_sequences=min(micro, sequences),
+            domains=store.domains,
             schedule=_schedule(asked),
             clip_norm=asked.clip_norm,
             eval_every=max(1, steps // 10) if asked.eval_every is None else asked.eval_every,
             autocast=_autocast(asked.autocast, device),
         )
-        feed = Feed(store, asked.proportions or by_size(store), seq_len, sequences, asked.seed)
-        return cls(settings, feed, device, asked.lr or default_lr(source.parameters), asked.eval_windows)
-
-    def state(self) -> State:
-        return State(step=0, tokens=0, sampler=self.feed.start())
-
-    def losses(self, model: Any) -> dict[str, float]:
-        """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
-        losses = held_out_losses(
-            model, self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
+        feed = Feed(
+            store,
+            seq_len,
+            sequences,
+            asked.seed,
+            repeats=_repeats(asked.repeats, store),
+            at_end=asked.at_end,
+            separate=asked.separate_documents,
+            workers=asked.workers,
+            pin=device.startswith("cuda"),
         )
+        mixture = _starting(asked, store)
+        session = cls(settings, feed, device, asked.lr or default_lr(source.parameters), asked.eval_windows, mixture)
+        every = asked.mixture.every or max(1, min(steps // UPDATES, most_between_updates))
+        return replace(session, notes=session._end_notes(), steering=_unaimed(asked, every))
+
+    def towards(self, references: Mapping[str, float] | None, said: str) -> "Session":
+        """The same, its mixture steered towards `references`, or constant where there are none; `said` is why."""
+        steering = replace(self.steering, references=references) if self.steering and references else None
+        return replace(self, steering=steering, notes=(*self.notes, said))
+
+    @property
+    def signal(self) -> Signal | None:
+        """What the mixture is to be steered by; None if it is to stay."""
+        return self.steering.signal if self.steering else None
+
+    def state(self, *, after: State | None = None, last: "Session | None" = None) -> State:
+        """Before the first step; `after` a session that was `last`, where it left the data if it read the same."""
+        state = State(step=0, tokens=0, sampler=self.feed.start(), mixture=self.mixture)
+        if after is None or last is None:
+            return state
+        if (self.feed.store.digest, self.feed.seq_len) == (last.feed.store.digest, last.feed.seq_len):
+            state = replace(state, sampler=after.sampler)
+            if self.mixture == last.mixture:  # no weights of its own: it goes on with those that came out
+                state = replace(state, mixture=after.mixture)
+        return replace(state, tokens=after.tokens)
+
+    def objective(self) -> Objective:
+        return NextToken(len(self.settings.domains))
+
+    def measure(self, model: Any) -> dict[str, Measured]:
+        """Held-out figures by domain of a model as it is. Raises UserError where a loss isn't finite."""
+        windows = self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
+        measured = measure(model, windows, bytes_per_token=bytes_per_token(self.feed.store))
         raise_all(
             [
                 UserError(
                     f"held-out loss of {domain!r}",
-                    found=loss,
+                    found=figures.nats_per_token,
                     expected="a finite loss",
                     change=f"lower --lr: it was {self.lr:.3g}, and training diverged",
                 )
-                for domain, loss in losses.items()
-                if not isfinite(loss)
+                for domain, figures in measured.items()
+                if not isfinite(figures.nats_per_token)
             ]
         )
-        return losses
+        return measured
+
+    def losses(self, model: Any) -> dict[str, float]:
+        """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
+        return {domain: figures.nats_per_token for domain, figures in self.measure(model).items()}
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
@@ -96,10 +148,14 @@ class Session:
         if asked.compile:
             model.base_model.compile()
 
-    def flops(self, source: Source, shape: Shape) -> float:
+    def flops(self, source: Source, shape: Shape, *, tokens: int | None = None) -> float:
         """FLOPs of the stage's training steps, forward and backward, at the mean context of a causal window."""
         per_token = flops_per_token(source.family, shape, context=self.settings.seq_len // 2)
-        return 3.0 * per_token * self.settings.steps * self.settings.batch_tokens
+        return 3.0 * per_token * (self.settings.steps * self.settings.batch_tokens if tokens is None else tokens)
+
+    def measured_on(self) -> dict[str, Any]:
+        """What held-out losses of this session belong to: the same, and they can be compared."""
+        return {"data": self.feed.store.digest, "seq_len": self.settings.seq_len, "windows": self.eval_windows}
 
     def describe(self) -> dict[str, Any]:
         """What was chosen, for the record."""
@@ -113,9 +169,46 @@ class Session:
             "lr": self.lr,
             "device": self.device,
             "autocast": str(s.autocast),
-            "proportions": dict(self.feed.proportions),
             "seed": self.feed.seed,
         }
+
+    def describe_mixture(self) -> dict[str, Any]:
+        """The mixture that the run starts with, and what will change it, for the record.
+
+        `readings`: how often the run reads each domain if the weights stay.
+        """
+        s = self.steering
+        return {
+            "weights": dict(self.mixture.weights),
+            "references": dict(s.references) if s else {},
+            "steering": f"{s.rule.kind}, by {s.signal} losses, every {s.every} steps" if s else "constant",
+            "readings": self.feed.readings(self.mixture.weights, self.settings.steps),
+            "notes": list(self.notes),
+        }
+
+    def _end_notes(self) -> tuple[str, ...]:
+        """When limited domains run out, at the weights it starts with. Raises UserError where they may not."""
+        ends = {d: step for d, step in self.feed.ends(self.mixture.weights).items() if step <= self.settings.steps}
+        if ends and self.feed.at_end == "refuse":
+            raise_all(
+                [
+                    UserError(
+                        f"domain {domain!r}",
+                        found=f"{self.feed.limits()[domain]} windows, which at {self.mixture.weights[domain]:.1%} of "
+                        f"the data end at step {step}",
+                        expected=f"enough for {self.settings.steps} steps",
+                        change="lower its weight, allow more repeats, or say what happens then: "
+                        "--at-end stop, redistribute or repeat",
+                    )
+                    for domain, step in ends.items()
+                ]
+            )
+        what = {"stop": "the run ends", "redistribute": "its share goes to the others", "repeat": "it is read again"}
+        return tuple(
+            f"{domain} will have been read {self.feed.repeats[domain]} times at step {step} of "
+            f"{self.settings.steps}, if the weights stay: then {what[self.feed.at_end]}"
+            for domain, step in ends.items()
+        )
 
 
 def choose_device(asked: str | None) -> str:
@@ -135,6 +228,34 @@ def default_batch_tokens(parameters: int, tokens: int) -> int:
     """About 4K tokens at 260 thousand parameters, 128K at 7 billion (Sheared-LLaMA's), and 200 steps at the least."""
     by_model = 2 ** round(log2(4096 * (parameters / 260_000) ** 0.34))
     return max(1, min(by_model, tokens // 200))
+
+
+def _starting(asked: Training, store: Store) -> Mixture:
+    weights = None if asked.mixture.schedule == "proportional" else asked.mixture.weights
+    if weights is not None:
+        check_weights(weights, store.domains)
+    return Mixture.starting({d: w for d in store.domains for w in [(weights or by_size(store))[d]]})
+
+
+def _unaimed(asked: Training, every: int) -> Steered | None:
+    """The steering that was asked for, its references still to be found; one domain leaves nothing to steer."""
+    options = asked.mixture
+    if options.schedule in ("constant", "proportional"):
+        return None
+    return Steered(options.chosen_rule(), {}, options.signal, every)
+
+
+def _repeats(asked: Mapping[str, int] | int | None, store: Store) -> dict[str, int]:
+    if asked is None or isinstance(asked, int):
+        return {} if asked is None else dict.fromkeys(store.domains, asked)
+    raise_all(
+        [
+            UserError("repeats", found=repr(d), expected="a domain of the data", change=nearest(d, store.domains))
+            for d in asked
+            if d not in store.domains
+        ]
+    )
+    return dict(asked)
 
 
 def _schedule(asked: Training) -> Callable[[int, int], float]:

@@ -1,10 +1,11 @@
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
 
-from shearling.data import documents
+from shearling.data import files
 from shearling.data.documents import Part, find_domains, read
 from shearling.errors import UserError, UserErrors
 
@@ -31,7 +32,7 @@ def tree(root, *names):
 
 def layout(*inputs):
     found = find_domains(inputs)
-    return {d.name: ([p.name for p in d.train], [p.name for p in d.eval]) for d in found}
+    return {d.name: ([Path(p).name for p in d.train], [Path(p).name for p in d.eval]) for d in found}
 
 
 # Reading
@@ -69,7 +70,7 @@ def test_zstd_frames_after_one_another_and_skippable_ones(tmp_path):
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64])
 def test_lines_don_t_depend_on_the_chunks(tmp_path, monkeypatch, read_bytes):
-    monkeypatch.setattr(documents, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(files, "READ_BYTES", read_bytes)
     lines = [{"text": "x" * length} for length in (0, 1, 200, 3)]
     raw = "\n".join(map(json.dumps, lines)).encode()
     for suffix, compress in COMPRESS.items():

@@ -1,193 +1,164 @@
-"""Stores read in place: from memory://, file:// and a real S3 server on this machine."""
+"""Sources behind fsspec: memory, and an S3 server of our own."""
 
-import hashlib
-import subprocess
-import sys
-import threading
+import gzip
+import json
+import os
 
 import fsspec
-import numpy as np
+import pyarrow
 import pytest
-from stores import message, write_store
+import zstandard
+from moto.server import ThreadedMotoServer
+from pyarrow import parquet as arrow_parquet
+from sources import documents_of, fault_of, texts_of
 
-from shearling.data import files
-from shearling.data.files import Recent, RemoteFiles
-from shearling.data.store import Store
+from shearling.data import jsonl
+from shearling.data.documents import Part, find_domains, parts, read
+from shearling.data.files import place, without_secrets
 
-WIKI = np.random.default_rng(0).integers(0, 300, (3, 40, 50))  # shards of documents
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    held = [[[7, 8, 9, 0]]]
-    shards = {"train": WIKI.tolist(), "eval": held}
-    return write_store(tmp_path_factory.mktemp("local") / "store", {"wiki": shards, "code": shards})
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(files, "BLOCK_BYTES", 512)
-    monkeypatch.setattr(files, "CACHE_BYTES", 2048)
-
-
-@pytest.fixture
-def in_memory(folder):
-    system = fsspec.filesystem("memory")
-    system.put(str(folder), "/bucket/store", recursive=True)
-    yield "memory://bucket/store"
-    system.rm("/bucket", recursive=True)
+KEY, SECRET = "AKIATESTTESTTESTTEST", "s3cret/s3cret/s3cret"
 
 
 @pytest.fixture(scope="module")
-def s3(folder, tmp_path_factory):
-    """The address of the store in a bucket, with the environment that leads there."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def server():
+    server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "a")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        system = fsspec.filesystem("s3")
-        system.mkdir("flock")
-        system.put(str(folder), "flock/store", recursive=True)
-        yield "s3://flock/store"
-        s3fs.S3FileSystem.clear_instance_cache()
+    yield f"http://{host}:{port}"
     server.stop()
 
 
-def assert_alike(local: Store, remote: Store) -> None:
-    assert (remote.digest, remote.domains) == (local.digest, local.domains)
-    assert remote.offsets("code", "train").tolist() == local.offsets("code", "train").tolist()
-    assert remote.slice("wiki", "train").tolist() == WIKI.flatten().tolist()
-    count = local.window_count("wiki", "train", 33)
-    for index in np.random.default_rng(0).permutation(count).tolist():
-        assert remote.window("wiki", "train", index, 33).tolist() == local.window("wiki", "train", index, 33).tolist()
-    assert remote.verify() == local.verify()
+@pytest.fixture
+def s3(server, monkeypatch):
+    """The URL of an empty bucket."""
+    settings = {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    if filesystem.exists("bucket"):
+        filesystem.rm("bucket", recursive=True)
+    filesystem.mkdir("bucket")
+    type(filesystem).clear_instance_cache()
+    yield "s3://bucket"
+    type(filesystem).clear_instance_cache()
 
 
-@pytest.mark.parametrize("kind", ["memory", "file", "s3"])
-def test_a_store_from_afar_reads_as_one_here(request, folder, small_blocks, kind):
-    address = f"file://{folder}" if kind == "file" else request.getfixturevalue({"memory": "in_memory"}.get(kind, kind))
-    assert_alike(Store.open(folder), Store.open(address))
+@pytest.fixture
+def memory():
+    filesystem = fsspec.filesystem("memory")
+    filesystem.rm("/", recursive=True) if filesystem.ls("/") else None
+    return "memory://data"
 
 
-def test_windows_are_ranges_and_what_is_kept_is_bounded(in_memory, small_blocks, monkeypatch):
-    asked, held = [], []
-    real = RemoteFiles._range
-    store = Store.open(in_memory)
-    blocks = store._files._blocks
-
-    def ranged(self, name, start, end):
-        asked.append(end - start)
-        held.append(blocks.held)
-        return real(self, name, start, end)
-
-    monkeypatch.setattr(RemoteFiles, "_range", ranged)
-    store.window("wiki", "train", 3, 33)
-    store.window("wiki", "train", 3, 33)
-    assert len(asked) <= 2  # a block, or two where the window lies across
-    for index in range(store.window_count("wiki", "train", 33)):
-        store.window("wiki", "train", index, 33)
-    assert set(asked) <= {512, 4000 % 512}
-    assert len(asked) <= 24 + 3
-    assert max(held) <= 2048
-    assert 0 < blocks.held <= 2048
+@pytest.fixture(params=["memory", "s3", "file"])
+def store(request, tmp_path):
+    return f"file://{tmp_path}/data" if request.param == "file" else request.getfixturevalue(request.param)
 
 
-def test_many_threads_read_what_one_reads(s3, folder, small_blocks):
-    local, remote, wrong = Store.open(folder), Store.open(s3), []
-
-    def read(seed):
-        for index in np.random.default_rng(seed).integers(0, local.window_count("wiki", "train", 20), 20).tolist():
-            if (remote.window("wiki", "train", index, 20) != local.window("wiki", "train", index, 20)).any():
-                wrong.append(index)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+def put(store, files):
+    for name, raw in files.items():
+        if store.startswith("file://"):
+            os.makedirs(os.path.dirname(f"{store}/{name}".removeprefix("file://")), exist_ok=True)
+        with fsspec.open(f"{store}/{name}", "wb") as file:
+            file.write(raw)
 
 
-def test_what_is_recent_stays():
-    made, recent = [], Recent(10)
-
-    def get(key):
-        return recent.get(key, lambda: made.append(key) or key, cost=4)
-
-    for key in "abacab":
-        assert get(key) == key
-    assert made == ["a", "b", "c", "b"]  # c pushed b out, as a was asked for again
-    assert recent.held == 8
+def lines(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (
-            "manifest.json",
-            "manifest.json: found no such file; expected a token store; prepare the data again, or point",
-        ),
-        ("wiki/train-00001.tokens", "wiki/train-00001.tokens: found no such file; expected 4000 bytes"),
-    ],
-)
-def test_a_file_that_is_missing_afar_is_named(in_memory, change, told):
-    fsspec.filesystem("memory").rm(f"/bucket/store/{change}")
-    assert f"{in_memory}/{told}" in message(Store.open, in_memory)
+def table(texts):
+    sink = pyarrow.BufferOutputStream()
+    arrow_parquet.write_table(pyarrow.table({"text": texts}), sink, row_group_size=2)
+    return sink.getvalue().to_pybytes()
 
 
-def test_a_file_cut_or_changed_afar(in_memory):
-    system, path = fsspec.filesystem("memory"), "/bucket/store/wiki/train-00001.tokens"
-    whole = system.cat_file(path)
-    system.pipe_file(path, whole[:-2])
-    assert f"{in_memory}/wiki/train-00001.tokens: found 3998 bytes; expected 4000" in message(Store.open, in_memory)
-    system.pipe_file(path, b"\1" + whole[1:])
-    found = message(Store.open(in_memory).verify)
-    assert f"{in_memory}/wiki/train-00001.tokens: found sha256 " in found
-    assert hashlib.sha256(whole).hexdigest() in found
-    system.pipe_file(path, whole)
-    store = Store.open(in_memory)
-    system.pipe_file(path, whole[:100])
-    assert "wiki/train-00001.tokens: found 100 bytes; expected at least" in message(store.slice, "wiki", "train")
-    system.rm(path)
-    assert "train-00001.tokens: found it can't be read (FileNotFoundError" in message(store.slice, "wiki", "train")
+def test_folders_of_folders_of_every_kind(store):
+    put(
+        store,
+        {
+            "code/x/y/a.py": b"a = 1\n",
+            "code/b.py": b"b = 2\n",
+            "code/.hidden": b"no",
+            "web/train-0.jsonl.gz": gzip.compress(lines(["one", "two"])),
+            "web/train-1.jsonl.zst": zstandard.compress(lines(["three"])),
+            "web/eval.jsonl": lines(["four"]),
+            "wiki/0.parquet": table(["a", "b", "c"]),
+        },
+    )
+    found = {domain.name: domain for domain in find_domains([store])}
+    read_all = {name: [texts_of(path) for path in domain.train] for name, domain in found.items()}
+    assert read_all == {
+        "code": [["b = 2\n"], ["a = 1\n"]],
+        "web": [["one", "two"], ["three"]],
+        "wiki": [["a", "b", "c"]],
+    }
+    assert [texts_of(path) for path in found["web"].eval] == [["four"]]
+    assert [domain.name for domain in find_domains([f"{store}/wiki", f"{store}/web/eval.jsonl"])] == ["wiki", "eval"]
 
 
-@pytest.mark.parametrize(
-    ("address", "told"),
-    [
-        ("s3://nobody/store", "s3://nobody/store/manifest.json: found "),
-        ("wool://flock/store", "wool://flock/store: found Protocol not known: wool; expected an address"),
-    ],
-)
-def test_an_address_that_leads_nowhere(s3, address, told):
-    assert told in message(Store.open, address)
+@pytest.mark.parametrize("part_bytes", [7, 100])
+def test_ranges_of_a_large_file(store, monkeypatch, part_bytes):
+    monkeypatch.setattr(jsonl, "PART_BYTES", part_bytes)
+    texts = ["x" * length for length in (3, 200, 0, 40, 1)]
+    put(store, {"a.jsonl": lines(texts)})
+    path = f"{store}/a.jsonl"
+    assert len(parts(path)) == -(-len(lines(texts)) // part_bytes)
+    found = documents_of(path)
+    assert [document.text for document in found] == texts
+    assert found[0].where == f"{place(path)}, line 1 (byte 0)"
+    assert found[4].where.startswith(f"{place(path)}, byte ")
+    put(store, {"a.jsonl": lines(texts) + b"{"})
+    offset = len(lines(texts))
+    named = f"line 6 (byte {offset})" if store.startswith("file://") else f"byte {offset}"
+    assert f"{place(path)}, {named}: found broken JSON" in fault_of(texts_of, path)
 
 
-def test_no_way_there_is_told_with_the_address(monkeypatch, in_memory):
-    def refuse(*_, **__):
-        raise ConnectionError(111, "Connection refused")
-
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", refuse)
-    found = message(Store.open, in_memory)
-    assert f"{in_memory}/manifest.json: found it can't be read (ConnectionError: Connection refused)" in found
-    assert "check the address, the rights to it" in found
-
-
-def test_fsspec_is_loaded_only_for_an_address(folder):
-    code = f"import sys\nfrom shearling.data.store import Store\nStore.open({str(folder)!r}).verify()\n"
-    code += "print({'fsspec', 's3fs'} & {*sys.modules})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "set()\n"
+def test_what_isn_t_there_or_whole(store):
+    put(store, {"a.jsonl.gz": gzip.compress(lines(["one"]))[:-3], "b.parquet": table(["a"])[:-3], "e/.x": b""})
+    assert "gone: found no such file or folder" in fault_of(find_domains, [f"{store}/gone"])
+    assert "a.jsonl.gz: found EOFError" in fault_of(texts_of, f"{store}/a.jsonl.gz")
+    assert "b.parquet: found ArrowInvalid" in fault_of(texts_of, f"{store}/b.parquet")
+    assert "domain 'e'" in fault_of(find_domains, [f"{store}/e"])
+    assert "gone.jsonl: found FileNotFoundError" in fault_of(lambda: list(read(Part(f"{store}/gone.jsonl"))))
 
 
-def test_without_fsspec_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    assert 'run pip install "shearling[remote]" or check the address' in message(Store.open, "s3://flock/store")
+def test_megatron_and_saved_datasets_are_found_there(memory):
+    put(memory, {"m/text.bin": b"\1\0\2\0", "m/text.idx": b"MMIDIDX\0\0"})
+    assert find_domains([f"{memory}/m"])[0].train == (f"{memory}/m/text.bin",)
+    assert "m/text.idx: found 9 bytes" in fault_of(parts, f"{memory}/m/text.bin")
+
+
+def test_a_store_that_refuses_gives_no_secret_away(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '')}@127.0.0.1:9/?X-Amz-Signature=abc")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    type(fsspec.filesystem("s3")).clear_instance_cache()
+    found = fault_of(find_domains, [f"{s3}/a.jsonl"])
+    assert "check the address, your credentials and the network" in found
+    assert not any(word in found for word in (KEY, SECRET, SECRET.replace("/", ""), "X-Amz-Signature"))
+
+
+def test_secrets_are_taken_out_of_any_text(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "abcdefgh")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"secret": "ijklmnop", "endpoint_url": "http://here"})
+    text = "ftp://jo:pass@host/x failed, see https://host/a?sig=1&b=2 (abcdefgh, ijklmnop, http://here)"
+    assert without_secrets(text) == "ftp://***@host/x failed, see https://host/a?*** (***, ***, http://here)"
+
+
+def test_a_protocol_that_nothing_reads(monkeypatch):
+    assert "Protocol not known: nowhere" in fault_of(find_domains, ["nowhere://bucket/a.jsonl"])
+
+    def missing(url, **_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    found = fault_of(find_domains, ["s3://bucket/a.jsonl"])
+    assert "nothing installed that reads s3://" in found
+    assert "pip install 'shearling[remote]'" in found
+    assert "install the package that it names" in fault_of(find_domains, ["gs://bucket/a.jsonl"])
+
+
+def test_an_address_that_a_store_can_t_take(s3):
+    found = fault_of(lambda: list(read(Part("s3://bucket"))))
+    assert "s3://bucket: found " in found
+    assert "check the address" in found

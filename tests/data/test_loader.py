@@ -22,7 +22,9 @@ def store(tmp_path):
 
 def test_a_batch_is_the_windows_of_its_positions(store):
     positions = [Position("wiki", 3), Position("code", 0), Position("wiki", 12)]
-    found = batch(store, positions, seq_len=10, seed=5)
+    made = batch(store, positions, seq_len=10, seed=5)
+    found = made.ids
+    assert (made.domains, made.counted, made.starts) == ((0, 1, 0), None, None)
     assert (found.dtype, found.shape) == (torch.int64, (3, 11))
     for row, position in zip(found.tolist(), positions, strict=True):
         count, first = (10, 0) if position.domain == "wiki" else (3, 200)
@@ -32,7 +34,7 @@ def test_a_batch_is_the_windows_of_its_positions(store):
 
 def test_an_epoch_predicts_every_token_once(store):
     positions, _ = draw(SamplerState.start(store.domains), {"wiki": 10, "code": 3}, 13)
-    targets = batch(store, positions, seq_len=10, seed=0)[:, 1:].flatten()
+    targets = batch(store, positions, seq_len=10, seed=0).ids[:, 1:].flatten()
     assert sorted(targets.tolist()) == [*range(1, 101), *range(201, 231)]
 
 
@@ -60,11 +62,13 @@ def test_no_window_is_too_little_data(store):
 def test_held_out_windows_are_the_same_and_evenly_spread(store, limit, sequences, shapes, starts):
     for _ in range(2):
         batches = list(held_out(store, "wiki", seq_len=10, limit=limit, sequences=sequences))
-        assert [tuple(found.shape) for found in batches] == [(size, 11) for size in shapes]
-        assert torch.cat(batches)[:, 0].tolist() == starts
+        assert [tuple(found.ids.shape) for found in batches] == [(size, 11) for size in shapes]
+        assert torch.cat([found.ids for found in batches])[:, 0].tolist() == starts
 
 
 def test_a_short_held_out_split_is_one_short_window(store):
     (only,) = held_out(store, "code", seq_len=10, limit=7)
-    assert only.dtype == torch.int64
-    assert only.tolist() == [[200, 201, 202, 203]]
+    assert only.ids.dtype == torch.int64
+    assert only.ids.tolist() == [[200, 201, 202, 203]]
+    assert only.documents is not None
+    assert only.documents.tolist() == [[0, 0, 0, 0]]

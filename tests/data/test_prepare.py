@@ -192,8 +192,8 @@ def test_a_shard_that_is_not_whole_is_done_again(make, tmp_path, small_shards, d
 def test_a_file_that_changes_while_it_is_read(make, corpus, small_shards, monkeypatch):
     real = jobs.read
 
-    def touched(part):
-        yield from real(part)
+    def touched(part, **options):
+        yield from real(part, **options)
         os.utime(part.path, ns=(1, 1))
 
     monkeypatch.setattr(jobs, "read", touched)

@@ -241,17 +241,6 @@ def test_an_id_past_the_vocabulary(tokenizer_folder):
     assert "expected ids below 50" in found
 
 
-@pytest.mark.parametrize("splits", [False, True])
-def test_special_tokens_in_a_text_are_read_as_transformers_does(tokenizer_folder, tmp_path, splits):
-    text = "the cat</s>a dog"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder, split_special_tokens=splits)
-    tokenizer.save_pretrained(tmp_path)
-    (piece,) = encoder_of(tmp_path).pieces([Document(text, len(text), "here")])
-    expected = load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"]
-    assert piece.ids.tolist() == [*expected, tokenizer.eos_token_id]
-    assert (tokenizer.eos_token_id in expected) == (not splits)
-
-
 # The fingerprint
 
 

@@ -1,17 +1,24 @@
 """The loop: the same bits each time, the same mathematics however a batch is divided, schedules as drawn."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from small_models import small, tokens
 
+from shearling.data.batch import Batch
+from shearling.data.loader import HeldOut
 from shearling.loss.cross_entropy import head_loss, next_token_loss
 from shearling.loss.held_out import held_out_losses
+from shearling.mixture.weights import Mixture
 from shearling.train.loop import train
+from shearling.train.objective import NextToken
 from shearling.train.optim import adamw, default_lr
 from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Settings, State
+
+MIXTURE = Mixture.starting({"a": 0.75, "b": 0.25})
 
 
 def run(*, micro: int, steps: int = 4, stop: int | None = None, autocast: torch.dtype | None = None):
@@ -22,16 +29,18 @@ def run(*, micro: int, steps: int = 4, stop: int | None = None, autocast: torch.
         seq_len=16,
         batch_sequences=4,
         micro_sequences=micro,
+        domains=("a", "b"),
         schedule=partial(trapezoid, warmup=0.25, decay=0.5),
         eval_every=2,
         autocast=autocast,
     )
-    held = {"a": [tokens(40, seed=99)]}
+    held = {"a": [HeldOut(tokens(40, seed=99))]}
     state = train(
         made.model,
         settings=settings,
-        state=State(step=0, tokens=0, sampler=0),
-        draw=lambda position: (tokens(40, sequences=4, seed=position), position + 1),
+        state=State(step=0, tokens=0, sampler=0, mixture=MIXTURE),
+        draw=lambda at, weights: (Batch(tokens(40, sequences=4, seed=at), (0, 1, 0, 0)), at + 1),
+        objective=NextToken(2),
         optimizers=[adamw(made.model.parameters(), lr=1e-2)],
         evaluate=lambda: held_out_losses(made.model, held),
         log=lambda event, **fields: events.append((event, fields)),
@@ -41,7 +50,7 @@ def run(*, micro: int, steps: int = 4, stop: int | None = None, autocast: torch.
 
 def test_same_seed_same_bits() -> None:
     (one, state, events), (two, _, again) = run(micro=2), run(micro=2)
-    assert state == State(step=4, tokens=4 * 4 * 16, sampler=4)
+    assert (state.step, state.tokens, state.sampler, state.mixture) == (4, 4 * 4 * 16, 4, MIXTURE)
     losses = [fields["loss"].hex() for event, fields in events if event == "step"]
     assert losses == [fields["loss"].hex() for event, fields in again if event == "step"]
     assert len(losses) == 4
@@ -76,15 +85,92 @@ def test_the_loss_is_transformers_own() -> None:
     assert float(found.detach()) == pytest.approx(float(made.model(ids, labels=ids).loss.detach()), rel=1e-6)
 
 
+def losses_of(model, batch: Batch) -> dict[str, float | None]:
+    with torch.no_grad():
+        return NextToken(2)(model, batch).by_domain(("a", "b"))["loss"]
+
+
 def test_a_loss_mask_leaves_tokens_out() -> None:
     made = small("llama")
-    ids = tokens(40)
-    mask = torch.ones_like(ids)
-    mask[:, 5:] = 0
+    ids = tokens(40, sequences=1)
+    counted = torch.zeros_like(ids, dtype=torch.bool)
+    counted[:, :5] = True
+    found = losses_of(made.model, Batch(ids, (1,), counted))
     with torch.no_grad():
-        assert float(next_token_loss(made.model, ids, loss_mask=mask)) == pytest.approx(
-            float(next_token_loss(made.model, ids[:, :5])), rel=1e-6
-        )
+        assert found["b"] == pytest.approx(float(next_token_loss(made.model, ids[:, :5])), rel=1e-6)
+    assert found["a"] is None
+
+
+def test_losses_by_domain_are_those_of_each_alone() -> None:
+    made = small("qwen2")
+    ids = tokens(40, sequences=5)
+    found = losses_of(made.model, Batch(ids, (1, 0, 1, 1, 0)))
+    with torch.no_grad():
+        assert found["a"] == pytest.approx(float(next_token_loss(made.model, ids[[1, 4]])), rel=1e-6)
+        assert found["b"] == pytest.approx(float(next_token_loss(made.model, ids[[0, 2, 3]])), rel=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+def test_documents_kept_apart_are_as_if_each_were_alone(model_type) -> None:
+    """Three documents in one window: position ids and attention both as in windows of their own."""
+    made = small(model_type)
+    ids = tokens(40, sequences=1)
+    starts = torch.tensor([[0] * 4 + [4] * 7 + [11] * 6])
+    found = losses_of(made.model, Batch(ids, (0,), starts=starts))["a"]
+    with torch.no_grad():
+        alone = [float(next_token_loss(made.model, ids[:, a:b])) * (b - a - 1) for a, b in ((0, 4), (4, 11), (11, 17))]
+        packed = float(next_token_loss(made.model, ids))
+    assert found == pytest.approx(sum(alone) / (3 + 6 + 5), rel=1e-5)
+    assert found != pytest.approx(packed, rel=1e-3)
+
+
+def test_steering_is_asked_on_its_steps_and_takes_effect_at_the_next() -> None:
+    """Losses since the last time come by domain; the last step is not followed by an update."""
+    made, asked, drawn = small("llama"), [], []
+
+    class Doubling:
+        every, wants_held_out = 2, False
+
+        def __call__(self, mixture, losses):
+            asked.append(losses["loss"])
+            weights = {"a": mixture.weights["a"] / 2, "b": 1 - mixture.weights["a"] / 2}
+            return replace(mixture, weights=weights), {"notes": ["halved"]}
+
+    def draw(at, weights):
+        drawn.append(weights["a"])
+        return Batch(tokens(40, sequences=4, seed=at), (0,) * 4), at + 1
+
+    events = []
+    train(
+        made.model,
+        settings=Settings(6, 16, 4, 4, ("a", "b"), partial(trapezoid, warmup=0.0, decay=0.0)),
+        state=State(step=0, tokens=0, sampler=0, mixture=MIXTURE),
+        draw=draw,
+        objective=NextToken(2),
+        optimizers=[adamw(made.model.parameters(), lr=0.0)],
+        steering=Doubling(),
+        log=lambda event, **fields: events.append((event, fields)),
+    )
+    assert drawn == [0.75, 0.75, 0.375, 0.375, 0.1875, 0.1875]
+    steps = [fields["loss"] for event, fields in events if event == "step"]
+    assert [losses["a"] for losses in asked] == pytest.approx([sum(steps[:2]) / 2, sum(steps[2:4]) / 2])
+    assert [losses["b"] for losses in asked] == [None, None]
+    assert [fields["step"] for event, fields in events if event == "mixture"] == [2, 4]
+
+
+def test_the_datas_end_ends_the_run() -> None:
+    made, events = small("llama"), []
+    state = train(
+        made.model,
+        settings=Settings(6, 16, 4, 4, ("a", "b"), partial(trapezoid, warmup=0.0, decay=0.0)),
+        state=State(step=0, tokens=0, sampler=0, mixture=MIXTURE),
+        draw=lambda at, weights: (Batch(tokens(40, sequences=4), (0,) * 4) if at < 2 else None, at + 1),
+        objective=NextToken(2),
+        optimizers=[adamw(made.model.parameters(), lr=1e-3)],
+        log=lambda event, **fields: events.append(event),
+    )
+    assert state.step == 2
+    assert events == ["step", "step", "data_ended"]
 
 
 def test_chunks_give_the_plain_loss_and_gradients() -> None:
@@ -97,7 +183,7 @@ def test_chunks_give_the_plain_loss_and_gradients() -> None:
     loss = head_loss(hidden, weight, targets)
     loss.backward()
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    expected = torch.nn.functional.cross_entropy(h @ w.T, targets)
+    expected = torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="sum")
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     for found, reference in ((hidden, h), (weight, w)):
@@ -109,8 +195,8 @@ def test_chunks_give_the_plain_loss_and_gradients() -> None:
 def test_held_out_loss_is_the_same_at_any_batch_size() -> None:
     made = small("mistral")
     ids = tokens(40, sequences=6)
-    together = held_out_losses(made.model, {"d": [ids]})["d"]
-    apart = held_out_losses(made.model, {"d": ids.split(1)})["d"]
+    together = held_out_losses(made.model, {"d": [HeldOut(ids)]})["d"]
+    apart = held_out_losses(made.model, {"d": map(HeldOut, ids.split(1))})["d"]
     assert apart == pytest.approx(together, rel=1e-6)
 
 

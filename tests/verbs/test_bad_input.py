@@ -270,18 +270,40 @@ def test_too_little_data_for_one_step(call, refused, model_folder, verb):
 
 @pytest.mark.parametrize("verb", VERBS[:3])
 @pytest.mark.parametrize(
-    ("proportions", "parts"),
+    ("mixture", "parts"),
     [
         (
-            {"code": 1, "prose": 1, "sums": 1, "codee": 1},
-            ["proportions: found 'codee'; expected a domain of the data; did you mean 'code'?"],
+            {"weights": {"code": 0.5, "prose": 0.25, "sums": 0.25, "codee": 0.1}},
+            ["mixture: found 'codee'; expected a domain of the data; did you mean 'code'?"],
         ),
-        ({"code": 1, "prose": 1}, ["found none for 'sums'; expected one for each domain"]),
-        ({"code": 1, "prose": 1, "sums": -1}, ["proportion of 'sums': found -1", "expected a positive"]),
+        ({"weights": {"code": 0.5, "prose": 0.5}}, ["no weight for 'sums'; expected one for each domain"]),
+        ({"weights": {"code": 1.0, "prose": 1.0, "sums": -1.0}}, ["weight of 'sums': found -1", "expected a positive"]),
+        (
+            {"weights": {"code": 0.4, "prose": 0.4, "sums": 0.4}},
+            ["a sum of 1.2; expected 1", "perhaps code=0.333333, prose=0.333333, sums=0.333333"],
+        ),
+        ({"reference": {"code": 1.0, "prose": 1.0}}, ["sums"]),
+        ({"reference": {"code": 1.0, "prose": 1.0, "sums": float("nan")}}, ["sums", "finite"]),
+        ({"every": 0}, ["every"]),
+        ({"floor": 1.5}, ["floor"]),
+        ({"rule": "papper"}, ["rule"]),
     ],
 )
-def test_proportions_that_do_not_fit_the_domains(call, refused, model_folder, verb, proportions, parts):
-    refused(lambda: call[verb](model_folder, proportions=proportions), *parts)
+def test_a_mixture_that_does_not_fit_the_domains(call, refused, model_folder, verb, mixture, parts):
+    refused(lambda: call[verb](model_folder, mixture=mixture), *parts)
+
+
+@pytest.mark.parametrize("verb", VERBS[:3])
+def test_a_domain_that_its_share_uses_up(call, refused, model_folder, verb):
+    """The step is named, and so is what can be said to happen then."""
+    weights = {"code": 0.98, "prose": 0.01, "sums": 0.01}
+    asked = {"repeats": {"code": 1}, "mixture": {"weights": weights}, "steps": 5000, "eval_every": 0}
+    refused(
+        lambda: call[verb](model_folder, **asked),
+        "domain 'code': found",
+        "98.0% of the data end at step ",
+        "--at-end stop, redistribute or repeat",
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)

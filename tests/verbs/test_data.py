@@ -112,10 +112,16 @@ def test_documents_are_added_once(run, copied_store, corpus, model_folder, tmp_p
         (["--inspect", "STORE", "--tokens", "many"], "tokens: found 'many'; expected a count of tokens"),
         (
             ["--inspect", "STORE", "--proportions", "code"],
-            "proportions: found 'code'; expected a share for each domain",
+            "--proportions: found 'code'; expected domain=number; write as a=.5,b=.5",
         ),
-        (["--inspect", "STORE", "--proportions", "code=1,code=2"], "each once, as code=0.5,prose=0.5"),
-        (["--inspect", "STORE", "--proportions", "code=1,prose=x"], "proportions: found 'code=1,prose=x'"),
+        (
+            ["--inspect", "STORE", "--proportions", "code=1,code=2"],
+            "--proportions: found 'code' twice; expected each domain once",
+        ),
+        (
+            ["--inspect", "STORE", "--proportions", "code=1,prose=x"],
+            "--proportions: found 'prose=x'; expected domain=number",
+        ),
         (["--inspect", "STORE", "--proportions", "code=1,prose=1,sum=1"], "found 'sum'; expected a domain of the data"),
         (["--inspect", "STORE", "--tokenizer", "./gone"], "model ./gone: found nothing at this path"),
     ],

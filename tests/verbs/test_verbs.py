@@ -184,6 +184,8 @@ def test_a_healed_model_says_both_stages(pruned, healed, store_folder):
     assert healed.tokens == 4 * 128
     found = evaluate(str(healed.out), data=str(store_folder), seq_len=32, windows=8, device="cpu")
     assert found.losses == pytest.approx(dict(healed.losses), rel=1e-6)
+    errors = {domain: figures.standard_error for domain, figures in found.figures.items()}
+    assert errors == pytest.approx(dict(healed.standard_errors), rel=1e-5)
     assert found.parameters == pruned["masks"].parameters
 
 

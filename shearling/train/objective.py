@@ -1,0 +1,79 @@
+"""What a step goes backward from: the loss of a micro-batch, and by domain what it was."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shearling.data.batch import IGNORED, Batch
+from shearling.loss.cross_entropy import head_inputs, head_loss_by_domain, hidden_states
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total`: summed over the tokens asked for, to go backward from. `sums`: by name, detached sums by domain [D].
+
+    "loss" is the cross-entropy in nats; an objective may have others beside it. `counts` int64 [D]: tokens asked for.
+    """
+
+    total: Tensor
+    sums: Mapping[str, Tensor]
+    counts: Tensor
+
+    def __add__(self, other: "Losses") -> "Losses":
+        sums = {name: value + other.sums[name] for name, value in self.sums.items()}
+        return Losses(self.total + other.total, sums, self.counts + other.counts)
+
+    def detached(self) -> "Losses":
+        """The same figures without what they were computed from."""
+        return Losses(self.total.detach(), self.sums, self.counts)
+
+    def means(self) -> dict[str, float]:
+        """Means over all tokens asked for, by name, and of what was gone backward from."""
+        tokens = max(1, int(self.counts.sum()))
+        means = {name: float(value.sum()) / tokens for name, value in self.sums.items()}
+        return means if len(means) == 1 else {**means, "objective": float(self.total) / tokens}
+
+    def by_domain(self, domains: Sequence[str]) -> dict[str, dict[str, float | None]]:
+        """Means by name and domain; None where a domain had no token."""
+        counts = self.counts.tolist()
+        return {
+            name: {d: s / n if n else None for d, s, n in zip(domains, value.tolist(), counts, strict=True)}
+            for name, value in self.sums.items()
+        }
+
+
+class Objective(Protocol):
+    """The loss of a model on a micro-batch, in the autocast that the loop sets."""
+
+    def __call__(self, model: Any, batch: Batch) -> Losses: ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token, for a store of so many domains."""
+
+    domains: int
+
+    def __call__(self, model: Any, batch: Batch) -> Losses:
+        hidden = hidden_states(model, batch.ids[:, :-1], position_ids=batch.position_ids)
+        hidden, weight = head_inputs(model, hidden)
+        parts = dict(head_loss_by_domain(hidden, weight, batch.targets, batch.domains))
+        total = torch.stack(list(parts.values())).sum()
+        return Losses(total, {"loss": by_domain(parts, self.domains)}, target_counts(batch, self.domains))
+
+
+def by_domain(parts: Mapping[int, Tensor], domains: int) -> Tensor:
+    """Detached values in the order of the domains, 0 where there is none, float32 [domains]."""
+    some = next(iter(parts.values()))
+    zero = torch.zeros((), device=some.device)
+    return torch.stack([parts[d].detach().float() if d in parts else zero for d in range(domains)])
+
+
+def target_counts(batch: Batch, domains: int) -> Tensor:
+    """Tokens asked for by domain, int64 [domains]."""
+    asked = (batch.targets != IGNORED).sum(-1)
+    index = torch.tensor(batch.domains, device=asked.device)
+    return torch.zeros(domains, dtype=torch.int64, device=asked.device).index_add(0, index, asked)

@@ -1,0 +1,111 @@
+"""A teacher for a student: opened, checked against it, loaded when it is first asked, an objective for each session."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shearling.data.store import Store
+from shearling.data.tokenise import fingerprint, load_tokenizer
+from shearling.errors import UserError
+from shearling.loss.streams import Alignment
+from shearling.teacher.cache import Cache, Manifest
+from shearling.teacher.cached import CachedTeacher
+from shearling.teacher.live import LiveTeacher
+from shearling.teacher.model import Reader, check_same_tokens, default_dtype, kept_of, load_teacher
+from shearling.teacher.options import Options
+from shearling.train.distilled import Distilled, Streams, linear
+from shearling.verbs.session import Session
+from shearling.verbs.source import Source
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A teacher made ready for a student. `alignment`: what of their residual streams is compared, if anything."""
+
+    options: Options
+    teacher: Source
+    alignment: Alignment | None
+
+    @classmethod
+    def plan(cls, options: Options, *, teacher: Source, student: Source) -> "Teaching":
+        """Raises UserError for a teacher of other tokens, and for hidden states that can't be compared."""
+        check_same_tokens(_reader(teacher), _reader(student))
+        if not options.hidden:
+            return cls(options, teacher, None)
+        if options.cache is not None:
+            raise UserError(
+                "hidden-state term",
+                found=f"a cached teacher ({options.cache}), which keeps distributions alone",
+                expected="a teacher that runs along",
+                change="leave the cache out, or the hidden-state term",
+            )
+        kept = kept_of(student.origin(), student=student.name, teacher=teacher.name, fingerprint=teacher.fingerprint)
+        layers = student.shape["num_hidden_layers"]
+        return cls(options, teacher, Alignment.of(kept, student.family, layers=layers))
+
+    def objective(self, session: Session) -> Distilled:
+        """For one session: hand it to the loop as its objective, and first among its terms."""
+        domains, options = session.settings.domains, self.options
+        live = partial(self._live, options.device or session.device)
+        if options.cache is None:
+            teacher = live()
+        else:
+            teacher = CachedTeacher(self._cache(Path(options.cache), session), live, domains=domains)
+        return Distilled(
+            teacher,
+            domains=len(domains),
+            share=partial(linear, start=options.share, end=options.end),
+            steps=session.settings.steps,
+            streams=Streams(self.alignment.student, options.hidden) if self.alignment else None,
+        )
+
+    def identity(self) -> Mapping[str, Any]:
+        """What a stage's identity has to have of it beside the options."""
+        return {"teacher": self.teacher.fingerprint}
+
+    def _live(self, device: str) -> LiveTeacher:
+        blocks, channels = (self.alignment.source, self.alignment.channels) if self.alignment else ((), None)
+        return LiveTeacher(self._models(device), blocks=blocks, channels=channels)
+
+    def _models(self, device: str) -> Any:
+        if device not in self._loaded:
+            self._loaded[device] = load_teacher(
+                self.teacher.folder, device=device, dtype=self._dtype(device), weights=self.options.weights
+            )
+        return self._loaded[device]
+
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        return {}
+
+    def _dtype(self, device: str) -> torch.dtype:
+        return getattr(torch, self.options.dtype) if self.options.dtype else default_dtype(device)
+
+    def _cache(self, folder: Path, session: Session) -> Cache:
+        store, seq_len, separate = session.feed.store, session.settings.seq_len, session.feed.separate
+        manifest = Manifest(
+            kind=self.options.kind,
+            k=min(self.options.k, self.teacher.shape["vocab_size"]),
+            seed=0,  # not the run's: runs of other seeds are to read it too
+            seq_len=seq_len,
+            separate=separate,
+            vocab_size=self.teacher.shape["vocab_size"],
+            store=store.digest,
+            teacher=self.teacher.fingerprint,
+            weights=f"{self._dtype(self.options.device or session.device)} {self.options.weights}",
+            windows={domain: store.window_count(domain, "train", seq_len) for domain in store.domains},
+        )
+        return Cache.open(folder / _place(store, seq_len, separate), manifest)
+
+
+def _place(store: Store, seq_len: int, separate: bool) -> str:
+    """A folder for each way of reading each store, so that the phases of a run can share one cache."""
+    return f"{store.digest[:12]}-{seq_len}" + ("-separate" if separate else "")
+
+
+def _reader(model: Source) -> Reader:
+    return Reader(model.name, model.shape["vocab_size"], fingerprint(load_tokenizer(model.folder)))

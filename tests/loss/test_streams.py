@@ -1,0 +1,53 @@
+import pytest
+import torch
+from small_models import small, tokens
+
+from shearling.errors import UserError
+from shearling.loss.cross_entropy import hidden_states
+from shearling.loss.streams import Alignment, in_order, outputs_of, stream_loss
+
+
+def test_alignment_follows_what_was_kept() -> None:
+    made = small("llama")
+    kept = {"hidden": [{"within": [], "kept": [0, 3]}], "layer": [{"within": [], "kept": [0, 2]}]}
+    found = Alignment.of(kept, made.family, layers=2)
+    assert found.student == ("model.layers.0", "model.layers.1")
+    assert found.source == ("model.layers.0", "model.layers.2")
+    assert found.channels == (0, 3)
+    whole = Alignment.of({}, made.family, layers=3)
+    assert (whole.student, whole.channels) == (whole.source, None)
+
+
+def test_outputs_are_the_residual_stream() -> None:
+    made = small("qwen3")
+    ids = tokens(40)
+    paths = [made.family.block(layer) for layer in range(3)]
+    with torch.no_grad():
+        expected = made.model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        with outputs_of(made.model, paths) as seen:
+            final = hidden_states(made.model, ids)
+        streams = in_order(seen, paths)
+        assert torch.equal(streams[0], expected[1])
+        assert torch.equal(made.model.base_model.norm(streams[-1]), final)
+        with outputs_of(made.model, paths[:1], channels=torch.tensor([2, 5])) as seen:
+            hidden_states(made.model, ids)
+        assert torch.equal(seen[paths[0]], streams[0][..., [2, 5]])
+        seen.clear()
+        hidden_states(made.model, ids)
+    assert not seen
+
+
+def test_a_layer_that_was_not_seen_is_said() -> None:
+    with pytest.raises(UserError, match=r"no output of model\.layers\.1"):
+        in_order({"model.layers.0": torch.zeros(1)}, ["model.layers.0", "model.layers.1"])
+
+
+def test_stream_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mine = [torch.randn(2, 5, 7, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    theirs = [torch.randn(2, 5, 7, generator=generator, dtype=torch.float64) for _ in range(3)]
+    found = stream_loss(mine, theirs)
+    ratios = [((m - t) ** 2).sum(-1) / (t**2).sum(-1) for m, t in zip(mine, theirs, strict=True)]
+    torch.testing.assert_close(found, torch.stack(ratios).mean(0))
+    assert float(stream_loss(theirs, theirs).sum()) == 0
+    assert torch.isfinite(stream_loss(mine, [torch.zeros_like(t) for t in theirs])).all()

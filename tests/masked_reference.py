@@ -1,0 +1,77 @@
+"""The masked model written out in float64, masks on activations, norms of its own: what gradients are held against."""
+
+from typing import Any
+
+import torch
+from small_models import Small
+from torch import Tensor
+from torch.nn import functional
+
+TOLERANCE = 2e-5  # of a gradient's norm: the model under test computes in fp32
+
+
+def rms_norm(x: Tensor, weight: Tensor, alive: float, eps: float) -> Tensor:
+    """The norm of a model that has only the `alive` channels that aren't zero."""
+    return weight * x / (x.square().sum(-1, keepdim=True) / alive + eps).sqrt()
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary positions on x [B, H, T, d], halves paired."""
+    d, length = x.shape[-1], x.shape[-2]
+    frequencies = theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    a, b = x[..., : d // 2], x[..., d // 2 :]
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
+def reference_logits(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], alive: float, inputs: Tensor) -> Tensor:
+    """The masked model written out, all in float64: logits [B, T, V] of inputs [B, T]."""
+    axes, eps = made.shape.axes, made.config["rms_norm_eps"]
+    kv_heads, group, d = axes["kv_head"], axes["group"], axes["head_dim"]
+    batch, length = inputs.shape
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = x @ w[f"{name}.weight"].T
+        return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+    def heads(x: Tensor, count: int, norm: str) -> Tensor:
+        x = x.view(batch, length, count, d)
+        if norm in w:
+            x = rms_norm(x, w[norm], d, eps)
+        return x.transpose(1, 2)
+
+    x = w["model.embed_tokens.weight"][inputs] * z["hidden"]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for i in range(axes["layer"]):
+        p = f"model.layers.{i}"
+        h = rms_norm(x, w[f"{p}.input_layernorm.weight"], alive, eps)
+        q = rotate(heads(linear(h, f"{p}.self_attn.q_proj"), kv_heads * group, f"{p}.self_attn.q_norm.weight"), 10000.0)
+        k = rotate(heads(linear(h, f"{p}.self_attn.k_proj"), kv_heads, f"{p}.self_attn.k_norm.weight"), 10000.0)
+        v = heads(linear(h, f"{p}.self_attn.v_proj"), kv_heads, "")
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(future, -torch.inf).softmax(-1)
+        per_head = (z["kv_head"][i][:, None] * z["group"][i]).reshape(1, -1, 1, 1)
+        mixed = (scores @ v * per_head).transpose(1, 2).reshape(batch, length, -1)
+        x = x + z["layer"][i] * z["hidden"] * linear(mixed, f"{p}.self_attn.o_proj")
+        h = rms_norm(x, w[f"{p}.post_attention_layernorm.weight"], alive, eps)
+        h = functional.silu(linear(h, f"{p}.mlp.gate_proj")) * linear(h, f"{p}.mlp.up_proj") * z["intermediate"][i]
+        x = x + z["layer"][i] * z["hidden"] * linear(h, f"{p}.mlp.down_proj")
+    x = rms_norm(x, w["model.norm.weight"], alive, eps)
+    head = w["model.embed_tokens.weight" if made.tied else "lm_head.weight"]
+    return x @ head.T
+
+
+def reference_loss(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], alive: float, ids: Tensor) -> Tensor:
+    """Its mean cross-entropy on ids [B, T + 1]."""
+    logits = reference_logits(made, w, z, alive, ids[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def copied(parameters: Any) -> dict[str, Tensor]:
+    return {name: p.detach().double().requires_grad_() for name, p in parameters}
+
+
+def assert_close(found: Tensor | None, expected: Tensor, what: str) -> None:
+    assert found is not None, what
+    difference = float((found.double() - expected).norm())
+    assert difference <= TOLERANCE * max(float(expected.norm()), 1e-3), (what, difference, float(expected.norm()))

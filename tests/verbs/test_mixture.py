@@ -1,0 +1,184 @@
+"""The mixture in real runs: steered, explained in the record, the same with any number of workers, in phases."""
+
+import json
+import shutil
+from math import exp
+from pathlib import Path
+
+import pytest
+
+from shearling import record
+from shearling.errors import UserError
+from shearling.recipe import Data, load_recipe, validated
+from shearling.run import run
+from shearling.verbs.data import make_store
+from shearling.verbs.heal import heal
+from shearling.verbs.prune import prune
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "sheared-llama-1.3b.yaml"
+PAPER = {
+    "cc": 0.67,
+    "github": 0.045,
+    "book": 0.045,
+    "stackexchange": 0.02,
+    "wiki": 0.045,
+    "arxiv": 0.025,
+    "c4-rp": 0.15,
+}
+
+
+def changes(folder: Path) -> list[dict]:
+    return [event for event in record.read(folder / "record.jsonl") if event["event"] == "mixture"]
+
+
+def losses(folder: Path) -> list[str]:
+    return [float(event["loss"]).hex() for event in record.read(folder / "record.jsonl") if event["event"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def seven_domains(tmp_path_factory, texts) -> Path:
+    """Stand-in text under the names of RedPajama's domains."""
+    folder, every = tmp_path_factory.mktemp("redpajama"), list(texts.values())
+    for number, domain in enumerate(PAPER):
+        (folder / domain).mkdir()
+        lines = (json.dumps({"text": text}) for text in every[number % len(every)][number:])
+        (folder / domain / "part.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_sheared_llama_recipe_runs_on_stand_in_data(tmp_path, seven_domains, model_folder):
+    """Its data side as published but for the lengths: what the record says is recomputed by the paper's formula."""
+    shape = "hidden_size=24,num_hidden_layers=2,num_attention_heads=2,num_key_value_heads=2,intermediate_size=32"
+    small = ["tokens=null", "seq_len=32", "batch_tokens=640", "eval_windows=2", "device=cpu", "eval_every=0"]
+    asked = load_recipe(
+        RECIPE,
+        [
+            f"model={model_folder}",
+            f"out={tmp_path / 'run'}",
+            f"data={{inputs: [{seven_domains}], held_out: 0.2}}",
+            f"prune.to='{shape}'",
+            "prune.calibration_windows=4",
+            *(f"{stage}.{setting}" for stage in ("prune", "heal") for setting in small),
+            *("prune.steps=101", "heal.steps=3", "heal.mixture.every=2"),
+        ],
+    )
+    assert asked.prune.mixture.every == 50
+    assert load_recipe(RECIPE).heal is not None
+    run(asked)
+    start, one, two = changes(tmp_path / "run" / "prune")
+    assert start["weights"] == PAPER
+    assert start["steering"] == "paper, by held_out losses, every 50 steps"
+    assert (one["step"], two["step"]) == (50, 100)
+    weights = PAPER
+    for change in (one, two):
+        raw = {d: w * exp(max(change["losses"][d] - change["references"][d], 0)) for d, w in weights.items()}
+        weights = {d: r / sum(raw.values()) for d, r in raw.items()}
+        assert change["weights"] == pytest.approx(weights)
+        assert change["notes"]
+    assert [change["step"] for change in changes(tmp_path / "run" / "heal")] == [0, 2]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Mixture of the data: prune" in page
+    assert "Mixture of the data: heal" in page
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory, model_folder, store_folder, ask_prune):
+    out = tmp_path_factory.mktemp("mixtures") / "cut"
+    return prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method="activation"))
+
+
+def test_healing_follows_the_sources_losses_out_of_shearling_json(tmp_path, cut, store_folder, ask_heal):
+    """A reference that the cut is above leads to another mixture; what changed is said."""
+    heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=ask_heal(mixture={"every": 2}))
+    start, change = changes(tmp_path / "healed")
+    assert start["references"] == cut.source_losses
+    assert "the mixture follows the source's losses, as shearling.json has them" in start["notes"]
+    assert change["excess"] == pytest.approx(
+        {d: max(loss - cut.source_losses[d], 0) for d, loss in change["losses"].items()}
+    )
+
+
+def test_other_windows_are_measured_on_the_source_itself(tmp_path, cut, store_folder, ask_heal):
+    asked = ask_heal(mixture={"every": 2}, eval_windows=3)
+    heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
+    start = changes(tmp_path / "healed")[0]
+    assert any(note.endswith("measured now") for note in start["notes"])
+    assert start["references"] != cut.source_losses
+    assert start["references"] == pytest.approx(cut.source_losses, rel=0.1)
+
+
+def test_without_its_source_a_mixture_stays_and_says_so(tmp_path, cut, store_folder, ask_heal):
+    orphan = Path(shutil.copytree(cut.out, tmp_path / "orphan"))
+    origin = json.loads((orphan / "shearling.json").read_text())
+    origin["source"]["name"] = str(tmp_path / "gone")
+    (orphan / "shearling.json").write_text(json.dumps(origin))
+    asked = {"eval_windows": 3}
+    heal(str(orphan), data=str(store_folder), out=str(tmp_path / "healed"), asked=ask_heal(**asked))
+    (start,) = changes(tmp_path / "healed")
+    assert start["steering"] == "constant"
+    assert any("is gone, so the mixture stays as it is (--reference gives" in note for note in start["notes"])
+    with pytest.raises(UserError, match=r"mixture: found no references: its source.*is gone.*give --reference"):
+        dynamic = ask_heal(**asked, mixture={"schedule": "dynamic"})
+        heal(str(orphan), data=str(store_folder), out=str(tmp_path / "other"), asked=dynamic)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("signal", ["held_out", "training"])
+def test_any_number_of_workers_trains_on_the_same_bits(tmp_path, cut, store_folder, ask_heal, signal):
+    runs = []
+    for workers in (0, 1, 4):
+        mixture = {"every": 2, "signal": signal, "reference": {"code": 1.0, "prose": 2.0, "sums": 3.0}, "eta": 3.0}
+        asked = ask_heal(steps=7, workers=workers, mixture=mixture)
+        out = tmp_path / f"workers-{workers}"
+        heal(str(cut.out), data=str(store_folder), out=str(out), asked=asked)
+        runs.append((losses(out), [change["weights"] for change in changes(out)]))
+    assert len(runs[0][0]) == 7
+    assert len(runs[0][1]) == 4
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_phases_go_on_where_the_last_one_stopped(tmp_path, cut, store_folder, ask_heal):
+    """The same windows are read on, other lengths start anew; tokens are counted through, each phase has its rate."""
+    phases = [
+        {"steps": 3, "lr": 1e-3},
+        {"steps": 2, "mixture": {"schedule": "constant", "weights": {"code": 0.5, "prose": 0.25, "sums": 0.25}}},
+        {"tokens": 384, "seq_len": 48, "batch_tokens": 96, "lr": 1e-4},
+    ]
+    asked = ask_heal(steps=None, phases=phases, mixture={"schedule": "proportional"})
+    healed = heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
+    assert healed.tokens == 5 * 128 + 384
+    events = record.read(tmp_path / "healed" / "record.jsonl")
+    told = [(e["steps"], e["seq_len"], e["lr"]) for e in events if e["event"] == "phase"]
+    assert told == [(3, 32, 1e-3), (2, 32, pytest.approx(told[1][2])), (4, 48, 1e-4)]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["tokens"] for event in steps] == [128, 256, 384, 512, 640, 736, 832, 928, 1024]
+    assert [event["lr_share"] for event in steps[:5]] == [1.0] * 5
+    assert steps[-1]["lr_share"] == pytest.approx(1 / 4)
+    starts = [event for event in events if event["event"] == "mixture"]
+    assert [start["tokens"] for start in starts] == [0, 384, 640]
+    assert starts[1]["weights"]["code"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"phases": [{"lr": 1e-3}]}, ["phases.0", "a budget of its own"]),
+        ({"phases": [{"steps": 2, "tokens": 3}]}, ["phases.0", "one of them"]),
+        ({"steps": 4, "phases": [{"steps": 2}]}, ["a budget beside phases"]),
+        ({"phases": [{"steps": 2, "lrr": 2}]}, ["phases.0.lrr", "did you mean 'lr'"]),
+    ],
+)
+def test_phases_that_do_not_fit(ask_heal, options, parts):
+    with pytest.raises(UserError) as caught:
+        ask_heal(**{"steps": None, **options})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_one_domain_leaves_nothing_to_mix(tmp_path, corpus, model_folder, ask_heal, cut):
+    asked = validated(Data, {"inputs": [str(corpus / "code")], "held_out": 0.2})
+    make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "store"))
+    heal(str(cut.out), data=str(tmp_path / "store"), out=str(tmp_path / "healed"), asked=ask_heal())
+    (start,) = changes(tmp_path / "healed")
+    assert start["notes"] == ["one domain, nothing to mix: the mixture stays as it is"]
+    assert start["weights"] == {"code": 1.0}
