@@ -26,8 +26,8 @@ from shearling.axes.shape import resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import measure
 from shearling.data.feed import Feed
+from shearling.data.prepare import prepare
 from shearling.data.store import Store
-from shearling.data.tokenise import prepare
 from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Sparse
 from shearling.record import versions

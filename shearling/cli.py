@@ -100,30 +100,120 @@ def inspect_(model: Model, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: `shearling data corpus/ --tokenizer models/SmolLM2-135M --out store`")
 def data(
-    inputs: Annotated[list[str], typer.Argument(help="Files, a folder, or a folder with a folder per domain.")],
-    tokenizer: Annotated[str, typer.Option(help="The model whose tokenizer to use.", show_default=False)],
-    out: Out,
-    held_out: Annotated[float, typer.Option(help="Share of documents held out where no eval file is there.")] = 0.01,
-    seed: Seed = 0,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Files, a folder, or a folder with a folder per domain.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The model whose tokenizer to use.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder that the store becomes.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add the documents to the store that --out is.")] = False,
+    inspect: Annotated[
+        str | None, typer.Option(metavar="STORE", help="Tell what a store holds; with --tokens, how often it is read.")
+    ] = None,
+    verify: Annotated[str | None, typer.Option(metavar="STORE", help="Read all of a store and check its sums.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Of --inspect: a training budget, 200K, 1.5M, 50B.")] = None,
+    proportions: Annotated[
+        str | None, typer.Option(help="Of --inspect: code=0.5,prose=0.5; left out, by size.")
+    ] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of documents held out where no eval file is there.  [default: 0.01]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides which are held out.  [default: 0]")] = None,
+    processes: Annotated[int | None, typer.Option(help="Left out, as many as there are cores.")] = None,
+    text_column: Annotated[str, typer.Option(help="The column of texts.")] = "text",
+    messages_column: Annotated[str | None, typer.Option(help="The column of conversations, instead of texts.")] = None,
+    assistant_loss_only: Annotated[
+        bool, typer.Option("--assistant-loss-only", help="The loss counts on what the assistant says alone.")
+    ] = False,
+    tokens_dtype: Annotated[str, typer.Option(help="Of MDS columns of tokens, which don't say.")] = "int64",
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Pass over broken records, and count them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Documents to a token store: JSONL, plain text, .gz, .zst; folders of folders are domains by name."""
+    """Documents to a token store: JSONL, plain text, .gz, .zst; folders of folders are domains by name.
+
+    Killed, the same command goes on where it was.
+    """
+    if inspect is not None:
+        _inspect_store(inspect, tokenizer=tokenizer, tokens=tokens, proportions=proportions, as_json=as_json)
+        return
+    if verify is not None:
+        _verify_store(verify, as_json=as_json)
+        return
+    for name, value in (("inputs", inputs), ("--tokenizer", tokenizer), ("--out", out)):
+        if not value:
+            raise UserError(name, found="nothing", expected="inputs, --tokenizer and --out", change=f"add {name}")
+    if add and (held_out is not None or seed is not None):
+        change = "leave --held-out and --seed out"
+        raise UserError("--add", found="settings", expected="the store's own share and seed", change=change)
+
     from shearling.recipe import Data, validated
 
-    asked = validated(Data, {"inputs": inputs, "held_out": held_out, "seed": seed})
+    options = _given(held_out=held_out, seed=seed, processes=processes, messages_column=messages_column)
+    options |= {"text_column": text_column, "tokens_dtype": tokens_dtype, "skip_broken": skip_broken}
+    asked = validated(Data, {"inputs": inputs, "assistant_loss_only": assistant_loss_only, **options})
 
-    from shearling.verbs.data import make_store
+    from shearling.verbs.data import add_documents, make_store
 
     with _Progress(quiet=as_json) as progress:
-        store, before = make_store(asked, tokenizer=tokenizer, out=out, progress=progress.documents)
+        if add:
+            store = add_documents(asked, tokenizer=str(tokenizer), out=str(out), progress=progress.documents)
+            before = False
+        else:
+            store, before = make_store(asked, tokenizer=str(tokenizer), out=str(out), progress=progress.documents)
     counts = {
-        domain: {split: len(store.tokens(domain, split)) for split in ("train", "eval")} for domain in store.domains
+        domain: {split: store.num_tokens(domain, split) for split in ("train", "eval")} for domain in store.domains
     }
     if as_json:
         _print_json({"out": out, "done_before": before, "tokens": counts})
         return
-    _say_done(out, before)
+    _say_done(str(out), before)
     _rows(("domain", "train tokens", "held out"), [(d, f"{c['train']:,}", f"{c['eval']:,}") for d, c in counts.items()])
+
+
+def _inspect_store(store: str, *, proportions: str | None, as_json: bool, **options: str | None) -> None:
+    from shearling.recipe import Inspect, parse_shares, validated
+
+    shares = {"proportions": parse_shares(proportions, "--proportions")} if proportions else {}
+    asked = validated(Inspect, {**_given(**options), **shares})
+
+    from shearling.verbs.data import inspect_store
+
+    found = inspect_store(store, asked)
+    if as_json:
+        _print_json(found)
+        return
+    print(f"{store}: ids below {found.vocab_size:,} as {found.dtype}, of {found.tokenizer} ({found.fingerprint[:12]})")
+    rows = [
+        (
+            name,
+            f"{domain.documents:,}",
+            f"{domain.tokens:,}",
+            _bytes(domain.text_bytes),
+            f"{domain.bytes_per_token:.2f}",
+            f"{domain.held_out_documents:,}",
+            f"{domain.held_out_tokens:,}",
+            f"{domain.share:.3f}",
+            "" if domain.repeats is None else f"{domain.repeats:.2f}",
+        )
+        for name, domain in found.domains.items()
+    ]
+    head = ("domain", "documents", "tokens", "text", "bytes/token", "held out", "tokens", "share", "repeats")
+    _rows(head, rows)
+    for name, sample in found.samples.items():
+        print(f"\n{name}: {sample!r}")
+    if not found.samples:
+        print("no samples: its tokenizer isn't on this machine under that name; --tokenizer says where it is")
+
+
+def _verify_store(store: str, *, as_json: bool) -> None:
+    from shearling.verbs.data import verify_store
+
+    count = verify_store(store)
+    if as_json:
+        _print_json({"store": store, "files": count})
+        return
+    print(f"{store}: {count} files, every sum as in the manifest")
 
 
 @app.command(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
+from typing import Any
 
 
 class UserError(ValueError):
@@ -11,6 +13,10 @@ class UserError(ValueError):
         self.what, self.found, self.expected, self.change = what, found, expected, change
         super().__init__(f"{what}: found {found}; expected {expected}; {change}")
 
+    def __reduce__(self) -> tuple[Any, ...]:  # out of worker processes; an exception's own forgets keywords
+        said = {"found": str(self.found), "expected": str(self.expected), "change": self.change}
+        return partial(UserError, **said), (self.what,)
+
 
 class UserErrors(UserError):
     """Several mistakes at once, so that nobody mends them one run at a time."""
@@ -18,6 +24,9 @@ class UserErrors(UserError):
     def __init__(self, errors: Sequence[UserError]):
         self.errors = tuple(errors)
         ValueError.__init__(self, "\n".join(str(error) for error in errors))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UserErrors, (self.errors,)
 
 
 def raise_all(errors: Sequence[UserError]) -> None:

@@ -178,6 +178,20 @@ class Data(Section):
     inputs: list[str]
     held_out: float = Field(default=0.01, gt=0, lt=1)
     seed: int = 0
+    processes: int | None = Field(default=None, gt=0)  # left out: the cores, where the documents are worth it
+    text_column: str = "text"
+    messages_column: str | None = None
+    assistant_loss_only: bool = False
+    tokens_dtype: str = "int64"  # of MDS columns of tokens, which don't say
+    skip_broken: bool = False
+
+
+class Inspect(Section):
+    """What to tell of a token store: how often a budget of training tokens under a mixture reads each domain."""
+
+    tokens: Tokens | None = None
+    proportions: dict[str, float] | None = None  # left out: by tokens
+    tokenizer: str | None = None  # for the samples; left out: the one that the store names, if it is on this machine
 
 
 class Eval(Section):

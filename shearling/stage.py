@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -16,24 +16,37 @@ IDENTITY_FILE = "stage.json"
 SHOWN_DIFFERENCES = 3
 
 
+def starts_over(partial: Path) -> bool:
+    """Of a stage that goes on from nothing: no `.partial` of it is resumable."""
+    return False
+
+
 class Stage:
     """Works in `OUT.partial/`, which becomes `OUT` by one rename when the `with` block ends without an exception.
 
     `identity` holds the plain JSON values that make this stage this one: the verb, its inputs' fingerprints, its
-    settings. A `.partial` of the same identity, left by a process that died, is emptied and started over; whatever else
-    is in the way is a UserError, and nothing is touched. After any exception `OUT` is absent and `.partial` stays, but
-    for those of the kind `discard`, after which there's nothing in it to go on from: they leave nothing.
+    settings. A `.partial` of the same identity, left by a process that died, is emptied and started over unless it is
+    `resumable`: then it stays as it is, and whoever works in it clears what it can't use. Whatever else is in the way
+    is a UserError, and nothing is touched. After any exception `OUT` is absent and `.partial` stays; but exceptions of
+    the kind `discard` leave none that isn't resumable.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, object], *, discard: type[BaseException] | None = None):
+    def __init__(
+        self,
+        out: Path,
+        identity: Mapping[str, object],
+        *,
+        resumable: Callable[[Path], bool] = starts_over,
+        discard: type[BaseException] | None = None,
+    ):
         self.out = Path(os.path.abspath(Path(out).expanduser()))
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         # Beside the folder and not in it: it can't travel into the finished folder, it guards the folder's creation
         # too, and unlike a lock on the folder itself it holds on NFS, where flock wants a file open for writing.
         self.lock = self.out.with_name(f"{self.out.name}.partial.lock")
         self.identity = json.loads(_canonical(identity))
-        self.discard = discard
-        self._descriptor: int | None = None
+        self.resumable, self.discard = resumable, discard
+        self._held = contextlib.ExitStack()
 
     @property
     def done(self) -> bool:
@@ -41,32 +54,30 @@ class Stage:
         return self._is_ours(_stored_identity(self.out))
 
     def __enter__(self) -> Path:
-        """The folder to write into, empty but for stage.json.
+        """The folder to write into, empty but for stage.json where it isn't resumable.
 
         Raises UserError if another process holds the stage, if the parent can't be written or something is in the way.
         """
         self._check_out()
         with contextlib.ExitStack() as undo:
-            self._descriptor = _acquire(self.lock)
-            undo.callback(self._release)
+            undo.enter_context(locked(self.lock))
             self._check_out()  # again: whoever held the lock may have finished in the meantime
             self._check_partial()
-            self._start_over()
-            undo.pop_all()
+            if not (self.partial.is_dir() and self.resumable(self.partial)):
+                self._start_over()
+            self._held = undo.pop_all()
         return self.partial
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._held:
             if kind is None:
                 _sync_tree(self.partial)
                 os.rename(self.partial, self.out)
                 _sync(self.out.parent)
-            elif self.discard and issubclass(kind, self.discard):
+            elif self.discard and issubclass(kind, self.discard) and not self.resumable(self.partial):
                 shutil.rmtree(self.partial)
-        finally:
-            self._release()
 
     def _is_ours(self, stored: dict | None) -> bool:
         # As text: to Python 1, 1.0 and True are equal, and as settings they aren't.
@@ -112,13 +123,18 @@ class Stage:
         except OSError as error:
             raise _unwritable(self.partial, error) from error
 
-    def _release(self) -> None:
-        assert self._descriptor is not None
+
+@contextlib.contextmanager
+def locked(lock: Path) -> Iterator[None]:
+    """Holds the file `lock` against every other process, and against this one. Raises UserError if it is held."""
+    descriptor = _acquire(lock)
+    try:
+        yield
+    finally:
         # Unlinked while still held: see _acquire for what the next one does about it.
-        if _same_file(self._descriptor, self.lock):
-            os.unlink(self.lock)
-        os.close(self._descriptor)
-        self._descriptor = None
+        if _same_file(descriptor, lock):
+            os.unlink(lock)
+        os.close(descriptor)
 
 
 def _acquire(lock: Path) -> int:

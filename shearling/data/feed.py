@@ -96,5 +96,5 @@ class Feed:
 
 def by_size(store: Store) -> dict[str, float]:
     """Each domain's share of the train tokens."""
-    tokens = {domain: len(store.tokens(domain, "train")) for domain in store.domains}
+    tokens = {domain: store.num_tokens(domain, "train") for domain in store.domains}
     return {domain: count / sum(tokens.values()) for domain, count in tokens.items()}

@@ -82,7 +82,7 @@ def look(path: str) -> Kind | None:
             if not found.exists() and not found.is_symlink():
                 return None
             return "folder" if found.is_dir() else "file" if found.is_file() else "neither"
-        filesystem, inside = _open_filesystem(path)
+        filesystem, inside = open_filesystem(path)
         try:
             return _kind(filesystem.info(inside))
         except FileNotFoundError:
@@ -95,7 +95,7 @@ def children(folder: str) -> dict[str, Kind]:
         if not is_remote(folder):
             found: dict[str, Kind] = {str(child): look(str(child)) or "neither" for child in Path(folder).iterdir()}
         else:
-            filesystem, inside = _open_filesystem(folder)
+            filesystem, inside = open_filesystem(folder)
             listed = filesystem.ls(inside, detail=True)
             # Some stores list a marker object of the folder's own name.
             found = {
@@ -111,15 +111,27 @@ def size_bytes(path: str) -> int:
     with storage(path):
         if not is_remote(path):
             return os.stat(path).st_size
-        filesystem, inside = _open_filesystem(path)
+        filesystem, inside = open_filesystem(path)
         return int(filesystem.size(inside) or 0)
+
+
+def version(path: str) -> str:
+    """What tells one state of a file from another: its size, and its time of change or the store's tag for it."""
+    with storage(path):
+        if not is_remote(path):
+            status = os.stat(path)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        filesystem, inside = open_filesystem(path)
+        info = filesystem.info(inside)
+        tags = [info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if key in info]
+        return f"{info['size']} {tags[:1]}"
 
 
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
     """A file to read and seek in, as stored. Raises UserError when it can't be opened or read inside the block."""
     with storage(path):
-        filesystem, inside = _open_filesystem(path) if is_remote(path) else (None, path)
+        filesystem, inside = open_filesystem(path) if is_remote(path) else (None, path)
         with filesystem.open(inside, "rb", block_size=BLOCK_BYTES) if filesystem else open(path, "rb") as file:
             yield cast(BinaryIO, file)
 
@@ -184,7 +196,8 @@ def _secrets() -> set[str]:
     return {value for value in found if len(value) >= MIN_SECRET}
 
 
-def _open_filesystem(path: str) -> tuple[Any, str]:
+def open_filesystem(path: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and what the URL is inside it. Raises UserError for one that isn't installed."""
     protocol = path.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(path)

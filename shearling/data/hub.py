@@ -26,6 +26,12 @@ def is_dataset(path: str) -> bool:
     return path.startswith(PREFIX)
 
 
+def folder_of(path: str) -> str | None:
+    """The folder of a dataset that `save_to_disk` wrote; None for one by name."""
+    dataset, _, _ = _spec(path)
+    return dataset if _is_folder(dataset) else None
+
+
 def domain_name(path: str) -> str:
     """The last part of the dataset's name, and its configuration."""
     dataset, config, _ = _spec(path)

@@ -36,7 +36,7 @@ def check_windows(store: Store, domains: Sequence[str], *, seq_len: int) -> None
         [
             UserError(
                 f"domain {domain!r} of {store.folder}",
-                found=f"too little data for one step, {len(store.tokens(domain, 'train'))} tokens",
+                found=f"too little data for one step, {store.num_tokens(domain, 'train')} tokens",
                 expected=f"at least {seq_len + 1} (seq_len + 1)",
                 change="use a shorter --seq-len or more text",
             )
@@ -57,12 +57,12 @@ def batch(store: Store, positions: Sequence[Position], *, seq_len: int, seed: in
         count = store.window_count(position.domain, "train", seq_len)
         found.append((position.domain, window_of(position, count, seed)))
     ids = np.stack([store.window(domain, "train", index, seq_len) for domain, index in found])
-    masks = [store.loss_mask(domain, "train") for domain, _ in found]
+    spans = [span(index, seq_len) for _, index in found]
+    masks = [store.loss_mask(name, "train", s.start, s.stop) for (name, _), s in zip(found, spans, strict=True)]
     counted = None
     if any(mask is not None for mask in masks):
-        rows = zip(masks, found, strict=True)
         every = np.ones(seq_len + 1, bool)
-        counted = torch.from_numpy(np.stack([every if m is None else m[span(i, seq_len)] != 0 for m, (_, i) in rows]))
+        counted = torch.from_numpy(np.stack([every if mask is None else mask != 0 for mask in masks]))
     starts = None
     if separate:
         starts = torch.from_numpy(np.stack([_starts(store, domain, index, seq_len) for domain, index in found]))
@@ -93,8 +93,8 @@ def held_out(
     assert limit is None or limit >= 1
     available = store.window_count(domain, "eval", seq_len)
     if available == 0:
-        tokens = int(store.offsets(domain, "eval")[-1])
-        yield _held_out(store, domain, store.tokens(domain, "eval").astype(np.int64)[None], [slice(0, tokens)])
+        whole = slice(0, store.num_tokens(domain, "eval"))
+        yield _held_out(store, domain, store.slice(domain, "eval").astype(np.int64)[None], [whole])
         return
     count = available if limit is None else min(limit, available)
     chosen = [number * available // count for number in range(count)]
@@ -106,13 +106,13 @@ def held_out(
 
 def bytes_per_token(store: Store) -> dict[str, float]:
     """UTF-8 bytes of text per token of each domain's eval split: nats per token over this are nats per byte."""
-    return {d: store.text_bytes(d, "eval") / int(store.offsets(d, "eval")[-1]) for d in store.domains}
+    return {d: store.text_bytes(d, "eval") / store.num_tokens(d, "eval") for d in store.domains}
 
 
 def _held_out(store: Store, domain: str, ids: np.ndarray, spans: Sequence[slice]) -> HeldOut:
     # uint64 like the offsets: with int64 numpy would copy all of them to float64.
     positions = np.stack([np.arange(s.start, s.stop, dtype=np.uint64) for s in spans])
     documents = np.searchsorted(store.offsets(domain, "eval"), positions, side="right") - 1
-    mask = store.loss_mask(domain, "eval")
-    counted = None if mask is None else torch.from_numpy(np.stack([mask[s] for s in spans]))
+    masks = [mask for s in spans if (mask := store.loss_mask(domain, "eval", s.start, s.stop)) is not None]
+    counted = torch.from_numpy(np.stack(masks)) if masks else None
     return HeldOut(torch.from_numpy(ids), torch.from_numpy(documents), counted)

@@ -26,7 +26,7 @@ PART_BYTES = 1 << 25
 
 def is_megatron(path: str) -> bool:
     """Whether it is a .bin with an .idx beside it."""
-    return path.endswith(".bin") and look(_index_path(path)) == "file"
+    return path.endswith(".bin") and look(index_path(path)) == "file"
 
 
 def ranges(path: str, *, reading: Reading) -> list[tuple[int, int | None]]:
@@ -47,18 +47,18 @@ def documents(path: str, *, start: int, end: int | None, reading: Reading) -> It
     last = index.documents if end is None else end
     if last <= start:
         return
-    with opened(_index_path(path)) as file:
+    with opened(index_path(path)) as file:
         firsts = index.read(file, "documents", start, last + 1)
         if (np.diff(firsts) < 0).any() or firsts[0] < 0 or firsts[-1] > index.sequences:
-            raise _broken(_index_path(path), found="documents that end before they start or after the last sequence")
+            raise _broken(index_path(path), found="documents that end before they start or after the last sequence")
         first = int(firsts[0])
         lengths = index.read(file, "lengths", first, int(firsts[-1]))
         pointers = index.read(file, "pointers", first, int(firsts[-1]))
     ends = pointers + lengths.astype(np.int64) * index.dtype.itemsize
     if len(ends) and (lengths.min() < 0 or pointers.min() < 0):
-        raise _broken(_index_path(path), found="a sequence of negative length or place")
+        raise _broken(index_path(path), found="a sequence of negative length or place")
     if len(ends) and ends.max() > size:
-        raise _broken(path, found=f"{size} bytes, where {shown(_index_path(path))} names {ends.max()}")
+        raise _broken(path, found=f"{size} bytes, where {shown(index_path(path))} names {ends.max()}")
     with opened(path) as file:
         for number in range(start, last):
             sequences = range(int(firsts[number - start]) - first, int(firsts[number - start + 1]) - first)
@@ -100,7 +100,7 @@ class _Index:
 
 def _index(path: str) -> tuple[_Index, int]:
     """The index of a .bin, checked as a whole, and the size of the .bin."""
-    place = _index_path(path)
+    place = index_path(path)
     with opened(place) as file:
         raw = file.read(HEADER.size)
     if not raw.startswith(MAGIC[: len(raw)]):
@@ -135,7 +135,8 @@ def _ids(file: BinaryIO, at: int, length: int, dtype: np.dtype, *, path: str) ->
     return np.frombuffer(raw, dtype)
 
 
-def _index_path(path: str) -> str:
+def index_path(path: str) -> str:
+    """The .idx that belongs to a .bin."""
     return f"{path.removesuffix('.bin')}.idx"
 
 

@@ -1,135 +1,36 @@
-"""The token store: a flat stream of ids for each domain and split, document offsets, a manifest with sums.
+"""The token store: a flat stream of ids for each domain and split, cut into shards, and a manifest with sums.
 
-manifest.json          format, version, tokenizer, counts, the sha256 of every file
-DOMAIN/train.tokens    little-endian ids, one after the other
-DOMAIN/train.offsets   little-endian uint64 [documents + 1]: where documents start, and the end
-DOMAIN/train.loss      uint8 [tokens], only where the manifest lists it: 1 where a token's loss counts
-DOMAIN/eval....        the same for the held-out documents
+manifest.json                format, version, tokenizer, the shards with their counts, the sha256 of every file
+DOMAIN/train-00000.tokens    little-endian ids, one after the other
+DOMAIN/train-00000.offsets   little-endian uint64 [documents + 1]: where the shard's documents start, and its end
+DOMAIN/train-00000.loss      uint8 [tokens], only where the manifest lists it: 1 where a token's loss counts
+DOMAIN/eval-00000....        the same for held-out documents
+
+A split's stream is its shards' streams in the manifest's order. Documents never cross shards, windows do.
 """
 
 import hashlib
-import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from shearling.data.manifest import (
+    AGAIN,
+    MANIFEST,
+    SPLITS,
+    Dtype,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    dtype_of,
+    parse_manifest,
+)
+from shearling.data.manifest import name_error as name_error
+from shearling.data.store_files import Files, files_at
 from shearling.errors import UserError, nearest, raise_all
-
-FORMAT, VERSION = "shearling-store", 1
-MANIFEST = "manifest.json"
-SPLITS = ("train", "eval")
-AGAIN = "prepare the data again"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class SplitEntry(_Strict):
-    """Counts of one split and the sha256 of each of its files; `skipped` documents held no text."""
-
-    documents: PositiveInt
-    tokens: PositiveInt
-    text_bytes: NonNegativeInt
-    skipped: NonNegativeInt
-    files: dict[str, str]
-
-
-class DomainEntry(_Strict):
-    """The two splits of a domain."""
-
-    train: SplitEntry
-    eval: SplitEntry
-
-
-class TokenizerEntry(_Strict):
-    """The tokenizer that the ids belong to; the fingerprint decides, the name is for people."""
-
-    fingerprint: str
-    name: str
-
-
-class Manifest(_Strict):
-    """What manifest.json holds."""
-
-    format: Literal["shearling-store"] = FORMAT
-    version: Literal[1] = VERSION
-    dtype: Literal["uint16", "uint32"]
-    vocab_size: PositiveInt
-    eos_id: NonNegativeInt
-    tokenizer: TokenizerEntry
-    seed: int
-    held_out: float
-    domains: dict[str, DomainEntry] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _ids_fit(self) -> "Manifest":
-        if self.vocab_size > np.iinfo(self.dtype).max + 1 or self.eos_id >= self.vocab_size:
-            raise ValueError("eos_id must be below vocab_size, and vocab_size within dtype")
-        return self
-
-    def write(self, folder: Path) -> None:
-        """Writes manifest.json into `folder`."""
-        (folder / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-
-def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The narrowest dtype of the format that holds every id below `vocab_size`."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def name_error(name: str, *, where: str) -> UserError | None:
-    """What keeps `name` from naming a domain, which is also a folder of the store; None if nothing does."""
-    escapes = name.startswith(".") or ".." in name or "/" in name or "\\" in name
-    if name and not escapes and name != MANIFEST and name.isprintable():
-        return None
-    return UserError(
-        where,
-        found=f"the domain name {name!r}",
-        expected="a printable name without slashes or '..' that doesn't start with a dot",
-        change="rename it",
-    )
-
-
-class SplitWriter:
-    """Writes one split's token stream and offsets, hashing as it goes; a context manager."""
-
-    def __init__(self, folder: Path, *, domain: str, split: str, dtype: str):
-        (folder / domain).mkdir(exist_ok=True)
-        self.documents = self.tokens = self.text_bytes = self.skipped = 0
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        names = (f"{split}.tokens", f"{split}.offsets")
-        self._files = {name: (open(folder / domain / name, "wb"), hashlib.sha256()) for name in names}  # noqa: SIM115 (__exit__ closes)
-        self._tokens, self._offsets = names
-        self._write(self._offsets, np.zeros(1, "<u8"))
-
-    def __enter__(self) -> "SplitWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file, _sum in self._files.values():
-            file.close()
-
-    def add(self, ids: np.ndarray, *, text_bytes: int) -> None:
-        """Appends one document: ids [tokens] of any integer dtype, and its text's length in UTF-8 bytes."""
-        self.documents += 1
-        self.tokens += len(ids)
-        self.text_bytes += text_bytes
-        self._write(self._tokens, ids.astype(self._dtype))
-        self._write(self._offsets, np.array([self.tokens], "<u8"))
-
-    def entry(self) -> SplitEntry:
-        """This split's part of the manifest, once everything is added."""
-        counts = {name: getattr(self, name) for name in ("documents", "tokens", "text_bytes", "skipped")}
-        return SplitEntry(**counts, files={name: hashed.hexdigest() for name, (_, hashed) in self._files.items()})
-
-    def _write(self, name: str, values: np.ndarray) -> None:
-        file, hashed = self._files[name]
-        raw = values.tobytes()
-        file.write(raw)
-        hashed.update(raw)
 
 
 def span(index: int, seq_len: int) -> slice:
@@ -138,67 +39,97 @@ def span(index: int, seq_len: int) -> slice:
 
 
 class Store:
-    """A token store on disk, read through memory maps. `Store.open` checks sizes, `verify` checks sums."""
+    """A token store, on this machine or at an address of fsspec's, for any number of threads.
 
-    def __init__(self, folder: Path, manifest: Manifest):
-        self.folder = folder
+    `Store.open` checks sizes, `verify` checks sums. `digest` is the sha256 of the manifest, which holds every file's.
+    """
+
+    def __init__(self, folder: Path | str, files: Files, manifest: Manifest, *, digest: str):
+        self.folder, self.manifest, self.digest = folder, manifest, digest
         self.domains: tuple[str, ...] = tuple(manifest.domains)
-        self.dtype, self.vocab_size, self.eos_id = manifest.dtype, manifest.vocab_size, manifest.eos_id
+        self.dtype: Dtype = manifest.dtype
+        self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
         self.fingerprint = manifest.tokenizer.fingerprint
-        self.manifest: dict[str, Any] = manifest.model_dump()
-        self._entries = manifest.domains
-        self._maps: dict[Path, np.ndarray] = {}
-
-    def __reduce__(self):
-        return Store.open, (self.folder,)  # a pickled memory map would carry the whole corpus to every worker
+        self._files = files
+        self._offsets: dict[tuple[str, str], np.ndarray] = {}
+        self._starts = {
+            (domain, split): list(accumulate((shard.tokens for shard in entry.shards), initial=0))
+            for domain, split, entry in self._splits()
+        }
 
     @classmethod
-    def open(cls, folder: Path) -> "Store":
+    def open(cls, folder: Path | str) -> "Store":
         """Opens a store; UserError for a broken manifest, another version, or files whose sizes disagree with it."""
-        folder = Path(folder)
-        manifest = _read_manifest(folder / MANIFEST)
-        errors = [name_error(name, where=str(folder / MANIFEST)) for name in manifest.domains]
-        raise_all([error for error in errors if error])
-        store = cls(folder, manifest)
+        files = files_at(folder)
+        where = files.address(MANIFEST)
+        try:
+            raw = files.read(MANIFEST)
+        except FileNotFoundError as error:
+            change = f"{AGAIN}, or point at a token store"
+            raise UserError(where, found="no such file", expected="a token store", change=change) from error
+        manifest = parse_manifest(raw, where=where)
+        store = cls(folder, files, manifest, digest=hashlib.sha256(raw).hexdigest())
         raise_all(store._size_errors())
         return store
 
-    @property
-    def digest(self) -> str:
-        """The sha256 of the manifest, which holds every file's."""
-        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
+    def num_tokens(self, domain: str, split: str) -> int:
+        """The length of a split's stream."""
+        self._entry(domain, split)
+        return self._starts[domain, split][-1]
 
-    def tokens(self, domain: str, split: str) -> np.ndarray:
-        """The ids [tokens] of a split, memory-mapped, in the store's dtype."""
-        return self._map(domain, f"{split}.tokens", self._entry(domain, split).tokens)
-
-    def offsets(self, domain: str, split: str) -> np.ndarray:
-        """Where documents start in the stream, and its end: uint64 [documents + 1], memory-mapped."""
-        return self._map(domain, f"{split}.offsets", self._entry(domain, split).documents + 1)
-
-    def loss_mask(self, domain: str, split: str) -> np.ndarray | None:
-        """uint8 [tokens], 1 where a token's loss counts (index it with `span`); None where all of them count."""
-        entry, name = self._entry(domain, split), f"{split}.loss"
-        return self._map(domain, name, entry.tokens) if name in entry.files else None
+    def num_documents(self, domain: str, split: str) -> int:
+        """The documents of a split, those without text left out."""
+        return self._entry(domain, split).documents
 
     def text_bytes(self, domain: str, split: str) -> int:
         """UTF-8 bytes of the split's text, for losses in nats per byte."""
         return self._entry(domain, split).text_bytes
 
+    def slice(self, domain: str, split: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The ids `start` to `stop` of a split's stream, in the store's dtype; a view where one shard has them."""
+        places = self._at(domain, split, start, stop)
+        found = [self._values(domain, shard, "tokens", first, last) for shard, first, last in places]
+        return _joined(found) if found else np.empty(0, dtype_of("tokens", self.dtype))
+
+    def loss_mask(self, domain: str, split: str, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """For the ids that `slice` gives: uint8, 1 where a token's loss counts; None where all of the split's do."""
+        if not any("loss" in shard.sums for shard in self._entry(domain, split).shards):
+            return None
+        found = [
+            self._values(domain, shard, "loss", first, last) if "loss" in shard.sums else np.ones(last - first, "u1")
+            for shard, first, last in self._at(domain, split, start, stop)
+        ]
+        return _joined(found) if found else np.empty(0, "u1")
+
+    def offsets(self, domain: str, split: str) -> np.ndarray:
+        """Where documents start in the split's stream, and its end: uint64 [documents + 1], in memory from then on."""
+        shards = self._entry(domain, split).shards
+        if (domain, split) not in self._offsets:
+            self._offsets[domain, split] = self._read_offsets(domain, shards, self._starts[domain, split])
+        return self._offsets[domain, split]
+
+    def _read_offsets(self, domain: str, shards: list[ShardEntry], starts: list[int]) -> np.ndarray:
+        found = [
+            self._values(domain, shard, "offsets", 0, shard.documents) + np.uint64(start)
+            for shard, start in zip(shards, starts, strict=False)
+        ]
+        return _joined([*found, np.array([starts[-1]], np.uint64)])
+
     def window_count(self, domain: str, split: str, seq_len: int) -> int:
         """Whole windows of seq_len + 1 tokens at stride seq_len; what is left at the end is no window."""
         assert seq_len >= 1
-        return (self._entry(domain, split).tokens - 1) // seq_len
+        return (self.num_tokens(domain, split) - 1) // seq_len
 
     def window(self, domain: str, split: str, index: int, seq_len: int) -> np.ndarray:
         """The ids of one window, int64 [seq_len + 1]."""
         assert 0 <= index < self.window_count(domain, split, seq_len)
-        return self.tokens(domain, split)[span(index, seq_len)].astype(np.int64)
+        place = span(index, seq_len)
+        return self.slice(domain, split, place.start, place.stop).astype(np.int64)
 
     def check_tokenizer(self, fingerprint: str, what: str) -> None:
         """Raises UserError unless the store was made with the tokenizer of that fingerprint, which is `what`'s."""
         if fingerprint != self.fingerprint:
-            made_with = f"{self.manifest['tokenizer']['name']!r} ({self.fingerprint[:12]})"
+            made_with = f"{self.manifest.tokenizer.name!r} ({self.fingerprint[:12]})"
             raise UserError(
                 f"token store {self.folder}",
                 found=f"tokens made with the tokenizer {made_with}",
@@ -206,69 +137,54 @@ class Store:
                 change=f"{AGAIN} with that tokenizer",
             )
 
-    def verify(self) -> None:
-        """Reads every file; UserError naming all whose sha256 isn't the manifest's."""
-        errors = []
+    def verify(self) -> int:
+        """Reads every file and gives their number; UserError naming all whose sha256 isn't the manifest's."""
+        errors, count = [], 0
         for domain, _split, entry in self._splits():
-            for name, expected in entry.files.items():
-                with open(self.folder / domain / name, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != expected:
-                    what = str(self.folder / domain / name)
-                    errors.append(UserError(what, found=f"sha256 {found}", expected=expected, change=AGAIN))
+            for shard in entry.shards:
+                for kind, expected in shard.sums.items():
+                    name = f"{domain}/{shard.name}.{kind}"
+                    count += 1
+                    if (found := self._files.digest(name)) != expected:
+                        what = self._files.address(name)
+                        errors.append(UserError(what, found=f"sha256 {found}", expected=expected, change=AGAIN))
         raise_all(errors)
+        return count
 
     def _entry(self, domain: str, split: str) -> SplitEntry:
         assert split in SPLITS
-        if domain not in self._entries:
+        if domain not in self.manifest.domains:
             hint = nearest(domain, self.domains)
             raise UserError("domain", found=repr(domain), expected=f"one of {self.folder}", change=hint)
-        return getattr(self._entries[domain], split)
+        return getattr(self.manifest.domains[domain], split)
 
-    def _splits(self):
-        return [(domain, split, self._entry(domain, split)) for domain in self.domains for split in SPLITS]
+    def _splits(self) -> Iterator[tuple[str, str, SplitEntry]]:
+        return ((domain, split, self._entry(domain, split)) for domain in self.domains for split in SPLITS)
 
-    def _dtype_of(self, name: str) -> np.dtype:
-        return np.dtype({"tokens": self.dtype, "offsets": "u8", "loss": "u1"}[name.partition(".")[2]]).newbyteorder("<")
+    def _at(self, domain: str, split: str, start: int, stop: int | None) -> Iterator[tuple[ShardEntry, int, int]]:
+        """The shards that hold the ids `start` to `stop` of the stream, each with the place in its own."""
+        shards, starts = self._entry(domain, split).shards, self._starts[domain, split]
+        stop = starts[-1] if stop is None else stop
+        assert 0 <= start <= stop <= starts[-1]
+        number = max(0, bisect_right(starts, start) - 1)
+        while number < len(shards) and starts[number] < stop:
+            yield shards[number], max(start - starts[number], 0), min(stop, starts[number + 1]) - starts[number]
+            number += 1
 
-    def _map(self, domain: str, name: str, length: int) -> np.ndarray:
-        path = self.folder / domain / name
-        if path not in self._maps:
-            self._maps[path] = np.memmap(path, dtype=self._dtype_of(name), mode="r", shape=(length,))
-        return self._maps[path]
+    def _values(self, domain: str, shard: ShardEntry, kind: str, start: int, stop: int) -> np.ndarray:
+        return self._files.array(f"{domain}/{shard.name}.{kind}", dtype_of(kind, self.dtype), start, stop)
 
     def _size_errors(self) -> list[UserError]:
         errors = []
-        for domain, split, entry in self._splits():
-            lengths = {f"{split}.tokens": entry.tokens, f"{split}.offsets": entry.documents + 1}
-            optional = {f"{split}.loss": entry.tokens}
-            if not lengths.keys() <= entry.files.keys() <= (lengths | optional).keys():
-                found, known = ", ".join(entry.files), ", ".join(lengths)
-                what = f"{self.folder / MANIFEST}, domain {domain!r}, {split}"
-                errors.append(UserError(what, found=f"the files {found}", expected=known, change=AGAIN))
-                continue
-            for name in entry.files:
-                path, size = self.folder / domain / name, (lengths | optional)[name] * self._dtype_of(name).itemsize
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-                if found != f"{size} bytes":
-                    errors.append(UserError(str(path), found=found, expected=f"{size} bytes", change=AGAIN))
+        for domain, entry in self.manifest.domains.items():
+            there = self._files.sizes(domain)
+            for name, size in (item for shard in entry.shards for item in shard.sizes(self.dtype).items()):
+                found = f"{there[name]} bytes" if name in there else "no such file"
+                if there.get(name) != size:
+                    what = self._files.address(f"{domain}/{name}")
+                    errors.append(UserError(what, found=found, expected=f"{size} bytes", change=AGAIN))
         return errors
 
 
-def _read_manifest(path: Path) -> Manifest:
-    change = f"{AGAIN}, or point at a token store"
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(str(path), found="no such file", expected="a token store", change=change) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(str(path), found=f"broken JSON ({error})", expected="a manifest", change=change) from error
-    found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (type(raw).__name__, None)
-    if found != (FORMAT, VERSION):
-        expected = f"{FORMAT} version {VERSION}"
-        raise UserError(str(path), found=f"{found[0]} version {found[1]}", expected=expected, change=change)
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise UserError(str(path), found=faults, expected="a manifest as prepared", change=AGAIN) from error
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,38 +1,35 @@
-"""Documents to a token store: batches through the fast tokenizer, EOS after each document, a share held out."""
+"""Documents to ids: the fast tokenizer of a model, EOS after each document, every id checked."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from shearling.data import conversation
-from shearling.data.documents import Document, Domain, find_domains, parts, read
+from shearling.data.document import Document
+from shearling.data.long_text import encode_long
 from shearling.data.special import encode_around
-from shearling.data.store import DomainEntry, Manifest, SplitWriter, Store, TokenizerEntry, dtype_for
 from shearling.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt")
 BATCH_DOCUMENTS, BATCH_BYTES = 512, 1 << 20
+LONG_BYTES = 1 << 22  # a text from here on is encoded piece by piece: at once it takes some 100 bytes a token
 MIN_EVAL_TOKENS = 2  # one prediction
-PROGRESS_TOKENS = 1 << 18
-# How texts are encoded: what spells out a special token is plain text, or a web page could forge a document's end.
-PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-
-Progress = Callable[[str, int, int], None]  # a domain, its documents and its tokens so far
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A document with its ids [tokens], EOS included, and which of them count in the loss; None if all do."""
+    """A document with its ids [tokens], EOS included, and which tokens' loss counts, uint8 [tokens]; None: all."""
 
     document: Document
     ids: np.ndarray
@@ -40,41 +37,32 @@ class Piece:
     loss: np.ndarray | None = None
 
 
-def prepare(
-    inputs: Sequence[str | Path],
-    *,
-    tokenizer: Path,
-    out: Path,
-    held_out: float = 0.01,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Store:
-    """Tokenises documents into the existing folder `out` and opens the store; memory is bounded by one batch.
+@dataclass(frozen=True)
+class Pipeline:
+    """What encoding needs of a tokenizer, as plain values that travel to other processes."""
 
-    Splits that the inputs name are kept; elsewhere the share `held_out` of the documents is, chosen by a hash of
-    (seed, domain, number of the document), never none and never all. Of a domain with a single document the last
-    `held_out` share of its tokens is held out, and its train part then has no EOS. A special
-    token spelt out in a text stays plain text, so that no document can end another; a chat template's are tokens.
-    Raises UserError for what documents, tokenizer or share lack.
-    """
-    if not 0 < held_out < 1:
-        raise UserError("held_out", found=held_out, expected="a share between 0 and 1", change="0.01 holds out 1%")
-    domains = find_domains(inputs)
-    encoder = Encoder(load_tokenizer(tokenizer), folder=tokenizer)
-    manifest = Manifest(
-        dtype=dtype_for(encoder.vocab_size),
-        vocab_size=encoder.vocab_size,
-        eos_id=encoder.eos_id,
-        tokenizer=TokenizerEntry(fingerprint=fingerprint(encoder.tokenizer), name=tokenizer.resolve().name),
-        seed=seed,
-        held_out=held_out,
-        domains={
-            domain.name: _write(domain, encoder, out=out, held_out=held_out, seed=seed, progress=progress)
-            for domain in domains
-        },
-    )
-    manifest.write(out)
-    return Store.open(out)
+    folder: Path
+    json: str
+    eos_id: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", *, folder: Path) -> "Pipeline":
+        """That of a tokenizer loaded from `folder`. Raises UserError where it lacks an end-of-sequence token."""
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"tokenizer of {folder}",
+                found="no end-of-sequence token",
+                expected="one, as documents end with it",
+                change=f"set eos_token in {Path(folder) / 'tokenizer_config.json'}",
+            )
+        return cls(
+            folder=Path(folder),
+            json=tokenizer.backend_tokenizer.to_str(),
+            eos_id=cast(int, tokenizer.eos_token_id),
+            # The length alone is too small for a vocabulary with holes.
+            vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())),
+        )
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
@@ -90,7 +78,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except BaseException as error:
-        if not (isinstance(error, Exception) or _is_panic(error)):
+        if not (isinstance(error, Exception) or is_panic(error)):
             raise
         found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # transformers adds advice below
         raise UserError(what, found=found, expected="a tokenizer that transformers loads", change=change) from error
@@ -117,22 +105,33 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 class Encoder:
-    """A tokenizer that ends documents with EOS, checks every id, and says which document it failed on."""
+    """A tokenizer that ends documents with EOS, checks every id, and says which document it failed on.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, folder: Path):
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"tokenizer of {folder}",
-                found="no end-of-sequence token",
-                expected="one, as documents end with it",
-                change=f"set eos_token in {Path(folder) / 'tokenizer_config.json'}",
-            )
-        self.tokenizer, self.eos_id = tokenizer, cast(int, tokenizer.eos_token_id)
-        # The length alone is too small for a vocabulary with holes.
-        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    A special token spelt out in a text stays plain text, so that no document can end another; a chat template's are
+    tokens.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline = pipeline
+
+    @cached_property
+    def backend(self) -> "Tokenizer":
+        """What encodes texts: without transformers, so that a process of its own is ready in a tenth of the time."""
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(self.pipeline.json)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # as plain text, or a web page could forge a document's end
+        return backend
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """What renders conversations and decodes, loaded when the first of them comes."""
+        return load_tokenizer(self.pipeline.folder)
 
     def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
-        """Each document's ids with EOS, none of them for one without text."""
+        """Each document's ids with EOS, none of them for one without text. Raises UserError, naming the document."""
         for group in _batches(documents):
             plain = [document for document in group if document.is_text]
             texts = iter(self._ids(plain) if plain else ())
@@ -153,16 +152,16 @@ class Encoder:
         self, document: Document, ids, *, loss: np.ndarray | None = None, text_bytes: int | None = None
     ) -> Piece:
         """A document's ids, checked, with EOS unless they end with it or are none; EOS counts if what it ends does."""
-        ids = np.asarray(ids)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            wrong = ids.max() if ids.max() >= self.vocab_size else ids.min()
-            found, expected = f"token id {wrong}", f"ids below {self.vocab_size}"
+        ids, limit = np.asarray(ids), self.pipeline.vocab_size
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
+            wrong = ids.max() if ids.max() >= limit else ids.min()
+            found, expected = f"token id {wrong}", f"ids below {limit}"
             raise UserError(document.where, found=found, expected=expected, change="check the tokenizer")
         ids = ids.astype(np.int64)
         if text_bytes is None:
             text_bytes = document.num_bytes if document.is_text else self._text_bytes(ids)
-        if len(ids) and ids[-1] != self.eos_id:
-            ids = np.append(ids, self.eos_id)
+        if len(ids) and ids[-1] != self.pipeline.eos_id:
+            ids = np.append(ids, self.pipeline.eos_id)
             loss = None if loss is None else np.append(loss, loss[-1])
         return Piece(document, ids, text_bytes, loss)
 
@@ -172,8 +171,8 @@ class Encoder:
     def cut(self, piece: Piece, *, share: float) -> tuple[Piece, Piece]:
         """A document's first and last tokens, the last `share` of them apart; UserError below four tokens."""
         count, document = len(piece.ids), piece.document
-        kept = count - max(MIN_EVAL_TOKENS, math.ceil(share * count))
-        if kept < MIN_EVAL_TOKENS:
+        kept = max(MIN_EVAL_TOKENS, count - max(MIN_EVAL_TOKENS, math.ceil(share * count)))
+        if count < 2 * MIN_EVAL_TOKENS:
             raise UserError(
                 document.where,
                 found=f"a domain of {count} tokens",
@@ -190,25 +189,20 @@ class Encoder:
         text = piece.document.text
         if not piece.document.is_text:
             return self._text_bytes(piece.ids[kept:])
-        encoded = self.tokenizer(text, **PLAIN, return_offsets_mapping=True)
-        starts = [start for start, _ in encoded["offset_mapping"]] + [len(text)]
+        starts = [*self._long(piece.document)[:, 1].tolist(), len(text)]
         if len(starts) != len(piece.ids):  # encoded around a special token
             return self._text_bytes(piece.ids[kept:])
         return len(text[starts[kept] :].encode())
 
-    def _ids(self, documents: list[Document]) -> list[list[int]]:
-        texts = [document.text for document in documents]
+    def _ids(self, documents: list[Document]) -> list[np.ndarray]:
         try:
-            encoded = self.tokenizer(texts, **PLAIN, return_attention_mask=False, return_token_type_ids=False)
-            # A tokenizer may make tokens of no text at all.
-            found = [ids if text else [] for ids, text in zip(encoded["input_ids"], texts, strict=True)]
-            forged = (self.eos_id in ids for ids in found)
+            encoded = self._encoded(documents)
             return [
-                encode_around(self.tokenizer, text) if is_forged else ids
-                for ids, text, is_forged in zip(found, texts, forged, strict=True)
+                np.array(encode_around(self.tokenizer, document.text), np.int64) if self._is_forged(ids) else ids
+                for document, ids in zip(documents, encoded, strict=True)
             ]
         except BaseException as error:
-            if not (type(error) is Exception or _is_panic(error)):  # what tokenizers raises has no type of its own
+            if not (type(error) is Exception or is_panic(error)):  # what tokenizers raises has no type of its own
                 raise
             if len(documents) > 1:
                 return [ids for document in documents for ids in self._ids([document])]
@@ -216,85 +210,19 @@ class Encoder:
             change = "remove the document or mend the tokenizer"
             raise UserError(documents[0].where, found=found, expected="token ids", change=change) from error
 
+    def _encoded(self, documents: list[Document]) -> list[np.ndarray]:
+        if len(documents) == 1 and documents[0].num_bytes >= LONG_BYTES:
+            return [self._long(documents[0])[:, 0]]
+        texts = [document.text for document in documents]
+        found = zip(self.backend.encode_batch_fast(texts, add_special_tokens=False), texts, strict=True)
+        # A tokenizer may make tokens of no text at all.
+        return [np.array(one.ids if text else [], dtype=np.int64) for one, text in found]
 
-def choose(
-    pieces: Iterable[Piece], *, share: float, key: str, cut: Callable[[Piece], tuple[Piece, Piece]]
-) -> Iterator[tuple[str, Piece]]:
-    """Each piece with its split, a share of them "eval" by a hash of `key` and their number, neither split empty.
+    def _is_forged(self, ids: np.ndarray) -> bool:
+        return bool((ids == self.pipeline.eos_id).any())
 
-    While one split is empty, the piece nearest to falling into it is kept back: at the end it goes there. A piece
-    that is alone is cut in two.
-    """
-    kept: tuple[float, Piece] | None = None
-    given: set[str] = set()
-    for number, piece in enumerate(pieces):
-        ticket = _ticket(f"{key}/{number}")
-        if len(given) == 2:
-            yield "eval" if ticket < share else "train", piece
-            continue
-        if kept is None:
-            kept = ticket, piece
-            continue
-        low, high = sorted((kept, (ticket, piece)), key=lambda ticketed: ticketed[0])
-        splits = {"eval" if ticketed[0] < share else "train" for ticketed in (low, high)}
-        if "eval" in splits:
-            yield "eval", low[1]
-        if "train" in splits:
-            yield "train", high[1]
-        given |= splits
-        kept = low if splits == {"train"} else high
-    if kept and not given:
-        yield from zip(("train", "eval"), cut(kept[1]), strict=True)
-    elif kept and len(given) == 1:
-        yield "train" if given == {"eval"} else "eval", kept[1]
-
-
-def _write(
-    domain: Domain, encoder: Encoder, *, out: Path, held_out: float, seed: int, progress: Progress | None
-) -> DomainEntry:
-    dtype = dtype_for(encoder.vocab_size)
-    with (
-        SplitWriter(out, domain=domain.name, split="train", dtype=dtype) as train,
-        SplitWriter(out, domain=domain.name, split="eval", dtype=dtype) as held,
-    ):
-        writers = {"train": train, "eval": held}
-        told = 0
-        for split, piece in _chosen(domain, encoder, writers=writers, held_out=held_out, seed=seed):
-            writers[split].add(piece.ids, text_bytes=piece.text_bytes)
-            tokens = train.tokens + held.tokens
-            if progress and tokens - told >= PROGRESS_TOKENS:
-                told = tokens
-                progress(domain.name, train.documents + held.documents, tokens)
-        if progress:
-            progress(domain.name, train.documents + held.documents, train.tokens + held.tokens)
-    for split, writer in writers.items():
-        if writer.documents == 0:
-            raise UserError(
-                f"domain {domain.name!r} ({domain.path})",
-                found=f"no documents with text for {split} ({writer.skipped} empty ones)",
-                expected="at least one",
-                change="add text or leave the domain out",
-            )
-    return DomainEntry(train=train.entry(), eval=held.entry())
-
-
-def _chosen(
-    domain: Domain, encoder: Encoder, *, writers: dict[str, SplitWriter], held_out: float, seed: int
-) -> Iterator[tuple[str, Piece]]:
-    """A domain's pieces, each with its split; the writer of the split they are read for counts the empty ones."""
-
-    def pieces(split: str) -> Iterator[Piece]:
-        paths = domain.eval if split == "eval" else domain.train
-        for piece in encoder.pieces(document for path in paths for part in parts(path) for document in read(part)):
-            if len(piece.ids):
-                yield piece
-            else:
-                writers[split].skipped += 1
-
-    if domain.eval:
-        return ((split, piece) for split in writers for piece in pieces(split))
-    cut = partial(encoder.cut, share=held_out)
-    return choose(pieces("train"), share=held_out, key=f"{seed}/{domain.name}", cut=cut)
+    def _long(self, document: Document) -> np.ndarray:
+        return encode_long(lambda text: self.backend.encode(text, add_special_tokens=False), document.text)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -310,10 +238,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _ticket(name: str) -> float:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / 2**48
-
-
-def _is_panic(error: BaseException) -> bool:
+def is_panic(error: BaseException) -> bool:
+    """Whether the tokenizer's Rust has panicked."""
     # pyo3 makes this class at run time, outside any module to import it from, and not under Exception.
     return type(error).__name__ == "PanicException"

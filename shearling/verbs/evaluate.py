@@ -1,7 +1,6 @@
 """`eval`: held-out loss by domain of any model on a token store."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -37,7 +36,7 @@ def evaluate(
     """The losses of `model`, computed in `dtype` (float32), on at most `windows` held-out windows a domain, or all."""
     device = choose_device(device)
     source = Source.open(model, dtype=dtype)
-    store = Store.open(Path(data))
+    store = Store.open(data)
     source.check_store(store)
     seq_len = seq_len or source.seq_len()
     sequences = max(1, FORWARD_TOKENS // seq_len)

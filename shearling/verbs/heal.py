@@ -78,7 +78,7 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
 
 def _plan(asked: Heal, source: Source, data: str) -> PhasePlan:
     budget = TOKENS_PER_PARAMETER * source.parameters
-    store = Store.open(Path(data))
+    store = Store.open(data)
     return PhasePlan(
         asked,
         Session.plan(asked, source, store, default_tokens=budget, most_between_updates=STEPS_BETWEEN_UPDATES),

@@ -57,7 +57,7 @@ class Pruned:
 def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwatched) -> Pruned:
     """Cuts `model` to exactly `asked.to` and leaves the result as a model folder at `out`."""
     source, target, notes = open_target(model, asked)
-    store = Store.open(Path(data))
+    store = Store.open(data)
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
     session = Session.plan(
         asked, source, store, default_tokens=default_tokens, most_between_updates=STEPS_BETWEEN_UPDATES

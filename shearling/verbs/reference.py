@@ -183,4 +183,4 @@ def _in_tokens_of(store: "Store | None", found: Reference, *, where: str) -> Ref
 def _open(data: str) -> "Store":
     from shearling.data.store import Store
 
-    return Store.open(Path(data))
+    return Store.open(data)

@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 from sources import documents_of, fault_of
+from stores import encoder_of
 from tokenizers import AddedToken
 
 from shearling.data.conversation import check_messages, encode, render
 from shearling.data.documents import Document
-from shearling.data.tokenise import Encoder, load_tokenizer
+from shearling.data.tokenise import load_tokenizer
 from shearling.errors import UserError
 
 CHATML = """{%- for message in messages -%}
@@ -115,13 +116,13 @@ def test_through_the_encoder(tokenizer, tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": CHAT[:2]}) + "\n")
     tokenizer.chat_template = CHATML
-    encoder = Encoder(tokenizer, folder=tmp_path)
+    encoder = encoder_of(tokenizer, tmp_path)
     found = documents_of(path, messages_column="messages", assistant_loss_only=True)
     plain = Document("the cat", 7, "b.txt")
     chat, text, short = encoder.pieces([found[0], plain, found[1]])
     for piece in (chat, short):
         assert len(piece.loss) == len(piece.ids)
-        assert piece.ids[-1] == encoder.eos_id
+        assert piece.ids[-1] == encoder.pipeline.eos_id
         assert piece.loss[-1] == piece.loss[-2] == 1
         assert piece.text_bytes == len(tokenizer.decode(piece.ids[:-1]).encode())
     assert text.loss is None
@@ -136,7 +137,7 @@ def test_blanks_after_the_end_of_sequence_are_dropped_so_that_it_ends_the_docume
     tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
     chat = [*CHAT[:1], {"role": "assistant", "content": "sat <|im_end|>\n"}]
     document = Document("", 9, "here", messages=chat, assistant_only=True)
-    (piece,) = Encoder(tokenizer, folder=tmp_path).pieces([document])
+    (piece,) = encoder_of(tokenizer, tmp_path).pieces([document])
     assert tokenizer.decode(piece.ids).endswith("assistant\nsat <|im_end|>\n<|im_end|>")
     assert piece.ids.tolist().count(tokenizer.eos_token_id) == 2
     assert piece.loss[-1] == 1

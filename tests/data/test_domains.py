@@ -10,7 +10,8 @@ from pyarrow import parquet
 from sources import fault_of
 
 from shearling.data.documents import find_domains
-from shearling.data.tokenise import load_tokenizer, prepare
+from shearling.data.prepare import prepare
+from shearling.data.tokenise import load_tokenizer
 
 TEXTS = ["the cat sat", "on the mat</s>", "a dog ran after"]
 
@@ -39,7 +40,7 @@ def test_the_same_documents_give_the_same_store(tmp_path, tokenizer_folder, inpu
     store = prepare(inputs, tokenizer=tokenizer_folder, out=tmp_path / "out", held_out=0.3)
     found = {}
     for domain in ("lines", "table", "saved", "mega"):
-        both = np.concatenate([store.tokens(domain, split) for split in ("train", "eval")])
+        both = np.concatenate([store.slice(domain, split) for split in ("train", "eval")])
         found[domain] = sorted(np.split(both, np.flatnonzero(both == store.eos_id) + 1), key=lambda ids: ids.tolist())
         sizes = [store.text_bytes(domain, split) for split in ("train", "eval")]
         assert sum(sizes) == sum(map(len, TEXTS))

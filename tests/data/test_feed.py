@@ -6,11 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from stores import write_store
 
 from shearling.data.feed import Feed
 from shearling.data.prefetch import Prefetch
 from shearling.data.sampler import SamplerState
-from shearling.data.store import DomainEntry, Manifest, SplitWriter, Store, TokenizerEntry
+from shearling.data.store import Store
 
 SEQ_LEN, SEQUENCES = 8, 8
 EARLY, LATE = {"wiki": 0.5, "code": 0.3, "math": 0.2}, {"wiki": 0.1, "code": 0.2, "math": 0.7}
@@ -20,21 +21,12 @@ DOCUMENT = 13  # tokens in each, so that windows hold the ends of one or two
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
     """wiki with 50 windows of 8, code with 20, math with 7, every id its place in the stream."""
-    folder, entries = tmp_path_factory.mktemp("store"), {}
+    domains = {}
     for domain, windows in (("wiki", 50), ("code", 20), ("math", 7)):
-        splits = {}
-        for split in ("train", "eval"):
-            with SplitWriter(folder, domain=domain, split=split, dtype="uint16") as writer:
-                ids = np.arange(windows * SEQ_LEN + 1)
-                for start in range(0, len(ids), DOCUMENT):
-                    writer.add(ids[start : start + DOCUMENT], text_bytes=1)
-            splits[split] = writer.entry()
-        entries[domain] = DomainEntry(**splits)
-    tokenizer = TokenizerEntry(fingerprint="f", name="t")
-    made = Manifest(
-        dtype="uint16", vocab_size=500, eos_id=0, tokenizer=tokenizer, seed=0, held_out=0.1, domains=entries
-    )
-    made.write(folder)
+        ids = np.arange(windows * SEQ_LEN + 1)
+        documents = [ids[start : start + DOCUMENT] for start in range(0, len(ids), DOCUMENT)]
+        domains[domain] = {"train": [documents[:2], documents[2:]], "eval": [documents]}
+    folder = write_store(tmp_path_factory.mktemp("store"), domains, vocab_size=500)
     return Store.open(folder)
 
 

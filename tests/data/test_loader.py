@@ -1,28 +1,22 @@
-import numpy as np
 import pytest
 import torch
+from stores import write_store
 
 from shearling.data.loader import batch, check_windows, held_out
 from shearling.data.sampler import Position, SamplerState, draw, window_of
-from shearling.data.store import DomainEntry, Manifest, SplitWriter, Store, TokenizerEntry
+from shearling.data.store import Store
 from shearling.errors import UserError
 
 
 @pytest.fixture
 def store(tmp_path):
     """Domains of counted-up ids: `wiki` from 0 (101 train, 41 eval), `code` from 200 (31 train, 4 eval)."""
-    entries = {}
-    for domain, start, lengths in [("wiki", 0, (101, 41)), ("code", 200, (31, 4))]:
-        splits = {}
-        for split, length in zip(("train", "eval"), lengths, strict=True):
-            with SplitWriter(tmp_path, domain=domain, split=split, dtype="uint16") as writer:
-                writer.add(np.arange(start, start + length), text_bytes=length)
-            splits[split] = writer.entry()
-        entries[domain] = DomainEntry(**splits)
-    tokenizer = TokenizerEntry(fingerprint="f", name="t")
-    Manifest(
-        dtype="uint16", vocab_size=300, eos_id=0, tokenizer=tokenizer, seed=0, held_out=0.1, domains=entries
-    ).write(tmp_path)
+    lengths = {"wiki": (0, 101, 41), "code": (200, 31, 4)}
+    domains = {
+        domain: {"train": [[range(first, first + train)]], "eval": [[range(first, first + held)]]}
+        for domain, (first, train, held) in lengths.items()
+    }
+    write_store(tmp_path, domains)
     return Store.open(tmp_path)
 
 

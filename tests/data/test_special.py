@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
+from stores import encoder_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from shearling.data.document import Document, of_ids
 from shearling.data.special import encode_around, mark, unused_characters
-from shearling.data.tokenise import Encoder, load_tokenizer
+from shearling.data.tokenise import load_tokenizer
 
 FORGED = "the cat</s>sat on </s> the mat</s>"
 
@@ -24,19 +25,19 @@ def unigram(folder):
 
 
 def test_a_special_token_spelt_out_in_a_text_ends_nothing(tokenizer_folder):
-    encoder = Encoder(load_tokenizer(tokenizer_folder), folder=tokenizer_folder)
+    encoder = encoder_of(load_tokenizer(tokenizer_folder), tokenizer_folder)
     (piece,) = encoder.pieces([document(FORGED)])
-    assert piece.ids.tolist().count(encoder.eos_id) == 1
-    assert piece.ids[-1] == encoder.eos_id
+    assert piece.ids.tolist().count(encoder.pipeline.eos_id) == 1
+    assert piece.ids[-1] == encoder.pipeline.eos_id
     assert encoder.tokenizer.decode(piece.ids[:-1]) == FORGED
 
 
 def test_nor_where_the_model_has_it_as_a_word(tmp_path):
     folder = unigram(tmp_path / "tokenizer")
-    encoder = Encoder(load_tokenizer(folder), folder=folder)
-    assert encoder.eos_id in encoder.tokenizer("a</s>", split_special_tokens=True)["input_ids"]
+    encoder = encoder_of(load_tokenizer(folder), folder)
+    assert encoder.pipeline.eos_id in encoder.tokenizer("a</s>", split_special_tokens=True)["input_ids"]
     (piece,) = encoder.pieces([document(FORGED)])
-    assert piece.ids.tolist().count(encoder.eos_id) == 1
+    assert piece.ids.tolist().count(encoder.pipeline.eos_id) == 1
     tokens = encoder.tokenizer.convert_ids_to_tokens(piece.ids[:-1])
     assert "".join(tokens) == "▁" + FORGED.replace(" ", "▁")
 
@@ -64,7 +65,7 @@ def test_the_longest_of_several_tokens_is_marked():
 def test_ids_that_end_with_eos_aren_t_ended_twice(tmp_path, ids, found):
     tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "one": 1, "two": 2}))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path)
-    encoder = Encoder(load_tokenizer(tmp_path), folder=tmp_path)
+    encoder = encoder_of(load_tokenizer(tmp_path), tmp_path)
     (piece,) = encoder.pieces([of_ids(np.array(ids, "<u2"), where="a.bin, document 1")])
     assert len(piece.ids) == found
     assert piece.ids.tolist()[-1:] == [0] * bool(found)

@@ -1,28 +1,20 @@
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from dataclasses import replace
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from stores import documents, message
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from shearling.data import tokenise
 from shearling.data.documents import Document
+from shearling.data.prepare import prepare
 from shearling.data.store import Store
-from shearling.data.tokenise import Encoder, Piece, choose, fingerprint, load_tokenizer, prepare
-from shearling.errors import UserError
+from shearling.data.tokenise import Encoder, Pipeline, fingerprint, load_tokenizer
 
 TEXTS = [f"the cat {number} sat on the mat, café 🐑" for number in range(300)]
-
-
-def message(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    return str(caught.value)
 
 
 def word_tokenizer(folder, vocab, **special):
@@ -38,9 +30,8 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-def documents(store, domain, split):
-    ids, offsets = store.tokens(domain, split), store.offsets(domain, split)
-    return [ids[start:end].tolist() for start, end in pairwise(offsets)]
+def encoder_of(folder) -> Encoder:
+    return Encoder(Pipeline.of(load_tokenizer(folder), folder=folder))
 
 
 def test_documents_come_back_each_with_eos(tokenizer_folder, write_documents, out):
@@ -60,9 +51,10 @@ def test_documents_come_back_each_with_eos(tokenizer_folder, write_documents, ou
     assert 10 < len(decoded["eval"]) < 60
     for split, texts in decoded.items():
         assert store.text_bytes("wiki", split) == len("".join(texts).encode())
-    assert store.manifest["tokenizer"] == {"fingerprint": fingerprint(tokenizer), "name": tokenizer_folder.name}
+    assert store.fingerprint == fingerprint(tokenizer)
+    assert store.manifest.tokenizer.source == str(tokenizer_folder)
     assert (store.vocab_size, store.dtype) == (len(tokenizer), "uint16")
-    assert told[-1] == ("wiki", 300, sum(len(store.tokens("wiki", split)) for split in found))
+    assert told[-1] == ("wiki", 300, sum(store.num_tokens("wiki", split) for split in found))
     store.verify()
 
 
@@ -94,9 +86,9 @@ def test_splits_of_the_inputs_are_kept_and_empty_documents_counted(tokenizer_fol
     store = prepare([tmp_path / "in"], tokenizer=tokenizer_folder, out=out)
     assert store.domains == ("code", "wiki")
     counts = {
-        (domain, split): (entry["documents"], entry["skipped"])
-        for domain, splits in store.manifest["domains"].items()
-        for split, entry in splits.items()
+        (domain, split): (getattr(entry, split).documents, getattr(entry, split).skipped)
+        for domain, entry in store.manifest.domains.items()
+        for split in ("train", "eval")
     }
     assert counts == {("wiki", "train"): (2, 2), ("wiki", "eval"): (1, 1), ("code", "train"): (1, 1)} | {
         ("code", "eval"): (1, 0)
@@ -124,7 +116,7 @@ def test_text_as_long_as_the_tokenizer_s_limits_is_neither_cut_nor_warned_of(tok
     tokenizer.save_pretrained(folder)
     (tmp_path / "book.txt").write_text("the cat sat on the mat " * 50)
     store = prepare([tmp_path / "book.txt"], tokenizer=folder, out=out)
-    assert len(store.tokens("book", "train")) > 100
+    assert store.num_tokens("book", "train") > 100
 
 
 def test_a_vocabulary_past_65535_is_uint32(write_documents, tmp_path, out):
@@ -138,31 +130,7 @@ def test_a_vocabulary_past_65535_is_uint32(write_documents, tmp_path, out):
 
 def test_a_vocabulary_with_holes_is_as_large_as_its_top_id(tmp_path):
     folder = word_tokenizer(tmp_path / "tokenizer", {"a": 0, "</s>": 70_000}, eos_token="</s>")
-    assert Encoder(load_tokenizer(folder), folder=folder).vocab_size == 70_001
-
-
-# Held-out documents
-
-
-def piece(number: int) -> Piece:
-    return Piece(Document(str(number), 1, "here"), np.array([number, 0]), 1)
-
-
-@settings(deadline=None)
-@given(st.integers(2, 60), st.sampled_from([1e-9, 0.01, 0.3, 0.5, 0.999999]), st.text(max_size=3))
-def test_held_out_by_the_hash_alone_but_never_none_or_all(count, share, key):
-    tickets = [tokenise._ticket(f"{key}/{number}") for number in range(count)]
-    ranked = sorted(range(count), key=tickets.__getitem__)
-    expected = set(ranked[: min(max(sum(ticket < share for ticket in tickets), 1), count - 1)])
-    chosen = list(choose(map(piece, range(count)), share=share, key=key, cut=pytest.fail))
-    assert {int(p.document.text) for split, p in chosen if split == "eval"} == expected
-    assert sorted(int(p.document.text) for _, p in chosen) == list(range(count))
-
-
-def test_a_piece_alone_is_cut():
-    chosen = choose([piece(7)], share=0.5, key="", cut=lambda only: (only, piece(8)))
-    assert [(split, p.document.text) for split, p in chosen] == [("train", "7"), ("eval", "8")]
-    assert list(choose([], share=0.5, key="", cut=pytest.fail)) == []
+    assert Pipeline.of(load_tokenizer(folder), folder=folder).vocab_size == 70_001
 
 
 # What is refused
@@ -223,16 +191,21 @@ class PanicException(BaseException):
     """As pyo3 raises for a panic in Rust: not an Exception."""
 
 
+class FailsOn:
+    """A tokenizer that raises for texts with some words in them."""
+
+    def __init__(self, words: str, error: BaseException):
+        self.words, self.error = words, error
+
+    def encode_batch_fast(self, texts, **kwargs):
+        if any(self.words in text for text in texts):
+            raise self.error
+        return [type("Encoding", (), {"ids": [1, 2]}) for _ in texts]
+
+
 def test_a_panic_names_the_document(tokenizer_folder, write_documents, out, monkeypatch):
-    real = PreTrainedTokenizerFast.__call__
-
-    def call(self, text, *args, **kwargs):
-        if any("mat 7" in one for one in text):
-            raise PanicException("index out of bounds")
-        return real(self, text, *args, **kwargs)
-
     path = write_documents("d.jsonl", [f"the mat {number}" for number in range(9)])
-    monkeypatch.setattr(type(load_tokenizer(tokenizer_folder)), "__call__", call)
+    monkeypatch.setattr(Encoder, "backend", FailsOn("mat 7", PanicException("index out of bounds")))
     found = message(prepare, [path], tokenizer=tokenizer_folder, out=out)
     assert f"{path}, line 8 (byte " in found
     assert "text that the tokenizer fails on (PanicException: index out of bounds)" in found
@@ -247,10 +220,7 @@ def test_a_panic_while_loading(tokenizer_folder, monkeypatch):
 
 
 def test_an_interrupt_stays_one(tokenizer_folder, write_documents, out, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(load_tokenizer(tokenizer_folder)), "__call__", interrupt)
+    monkeypatch.setattr(Encoder, "backend", FailsOn("a", KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         prepare([write_documents("d.jsonl", ["a", "b"])], tokenizer=tokenizer_folder, out=out)
 
@@ -264,8 +234,8 @@ def test_a_word_that_the_vocabulary_lacks_names_the_document(tmp_path, write_doc
 
 
 def test_an_id_past_the_vocabulary(tokenizer_folder):
-    encoder = Encoder(load_tokenizer(tokenizer_folder), folder=tokenizer_folder)
-    encoder.vocab_size = 50
+    pipeline = Pipeline.of(load_tokenizer(tokenizer_folder), folder=tokenizer_folder)
+    encoder = Encoder(replace(pipeline, vocab_size=50))
     found = message(list, encoder.pieces([Document("the cat", 7, "a.jsonl, line 1")]))
     assert "a.jsonl, line 1: found token id " in found
     assert "expected ids below 50" in found

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from small_models import small
+from stores import write_store
 from torch.nn import functional
 
 import shearling
 from shearling.data.loader import HeldOut, bytes_per_token, held_out
-from shearling.data.store import DomainEntry, Manifest, SplitWriter, Store, TokenizerEntry
+from shearling.data.store import Store
 from shearling.errors import UserError
 from shearling.loss.cross_entropy import CHUNK_TOKENS, token_losses
 from shearling.loss.held_out import Measured, Sums, held_out_losses, held_out_sums, measure, measured, window_sums
@@ -25,19 +26,12 @@ VOCAB, SEQ_LEN = 40, 16
 def store(tmp_path) -> Store:
     """`many` with 23 documents of 5 to 60 tokens held out, `short` with one of 9."""
     draw = np.random.default_rng(0)
-    entries = {}
-    for domain, lengths in [("many", draw.integers(5, 60, 23)), ("short", [9])]:
-        splits = {}
-        for split in ("train", "eval"):
-            with SplitWriter(tmp_path, domain=domain, split=split, dtype="uint16") as writer:
-                for length in lengths:
-                    writer.add(draw.integers(0, VOCAB, length), text_bytes=3 * int(length))
-            splits[split] = writer.entry()
-        entries[domain] = DomainEntry(**splits)
-    tokenizer = TokenizerEntry(fingerprint="f", name="t")
-    Manifest(
-        dtype="uint16", vocab_size=VOCAB, eos_id=0, tokenizer=tokenizer, seed=0, held_out=0.1, domains=entries
-    ).write(tmp_path)
+    lengths = {"many": draw.integers(5, 60, 23), "short": [9]}
+    domains = {
+        domain: {split: [[draw.integers(0, VOCAB, length) for length in mine]] for split in ("train", "eval")}
+        for domain, mine in lengths.items()
+    }
+    write_store(tmp_path, domains, vocab_size=VOCAB, bytes_of=lambda ids: 3 * len(ids))
     return Store.open(tmp_path)
 
 
@@ -130,7 +124,7 @@ def test_two_processes_add_their_sums(tmp_path):
 def test_what_does_not_count_is_left_out(store, model, monkeypatch):
     length = int(store.offsets("many", "eval")[-1])
     mask = np.random.default_rng(1).integers(0, 2, length).astype(np.uint8)
-    monkeypatch.setattr(Store, "loss_mask", lambda self, domain, split: mask)
+    monkeypatch.setattr(Store, "loss_mask", lambda self, domain, split, start, stop: mask[start:stop])
     batches = windows(store)
     found = measure(model, {"many": batches})["many"]
     losses = torch.cat([token_losses(model, batch.ids) for batch in batches]).flatten()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from small_models import small
+from stores import write_store
 
 from shearling.data.batch import Batch
 from shearling.data.loader import batch
 from shearling.data.sampler import SamplerState, draw
-from shearling.data.store import DomainEntry, Manifest, SplitWriter, Store, TokenizerEntry
+from shearling.data.store import Store
 from shearling.errors import UserError
 from shearling.loss.distillation import Dense, Sparse, blended_loss
 from shearling.teacher import cache as caches
@@ -27,18 +28,12 @@ SEQ_LEN, VOCAB = 8, 40
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Domains `wiki` of 6 windows and `code` of 3."""
-    folder, entries, rng = tmp_path / "store", {}, np.random.default_rng(0)
-    folder.mkdir()
-    for domain, windows in (("wiki", 6), ("code", 3)):
-        splits = {}
-        for split in ("train", "eval"):
-            with SplitWriter(folder, domain=domain, split=split, dtype="uint16") as writer:
-                writer.add(rng.integers(0, VOCAB, windows * SEQ_LEN + 1), text_bytes=1)
-            splits[split] = writer.entry()
-        entries[domain] = DomainEntry(**splits)
-    tokenizer = TokenizerEntry(fingerprint="f", name="t")
-    settings = {"vocab_size": VOCAB, "eos_id": 0, "seed": 0, "held_out": 0.1}
-    Manifest(dtype="uint16", tokenizer=tokenizer, domains=entries, **settings).write(folder)
+    rng = np.random.default_rng(0)
+    domains = {
+        domain: {split: [[rng.integers(0, VOCAB, windows * SEQ_LEN + 1)]] for split in ("train", "eval")}
+        for domain, windows in (("wiki", 6), ("code", 3))
+    }
+    folder = write_store(tmp_path / "store", domains, vocab_size=VOCAB)
     return Store.open(folder)
 
 

@@ -1,0 +1,132 @@
+"""`data` as commands: what a store holds, whether it is whole, more documents onto it."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from shearling import cli
+from shearling.recipe import Inspect, validated
+from shearling.verbs.data import inspect_store, verify_store
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; gives its exit code, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["shearling", "data", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        told = capsys.readouterr()
+        return ended.value.code or 0, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def copied_store(store_folder, tmp_path):
+    return shutil.copytree(store_folder, tmp_path / "store")
+
+
+def test_inspect_tells_what_is_there(run, store_folder, texts, model_folder):
+    code, out, _ = run(
+        "--inspect", store_folder, "--tokens", "1M", "--proportions", "code=.5,prose=.25,sums=.25", "--json"
+    )
+    found = json.loads(out)
+    assert code == 0
+    for name, domain in found["domains"].items():
+        assert domain["documents"] + domain["held_out_documents"] == len(texts[name])
+        assert domain["repeats"] == pytest.approx(1e6 * domain["share"] / domain["tokens"])
+        assert domain["bytes_per_token"] == domain["text_bytes"] / domain["tokens"]
+        assert any(text.startswith(found["samples"][name][:20]) for text in texts[name])
+    assert [domain["share"] for domain in found["domains"].values()] == [0.5, 0.25, 0.25]
+    assert found["tokenizer"] == str(model_folder)
+    code, out, _ = run("--inspect", store_folder)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["domain", "code", "prose", "sums"]
+
+
+def test_by_size_all_domains_repeat_alike(store_folder):
+    found = inspect_store(str(store_folder), validated(Inspect, {"tokens": "9K"}))
+    repeats = [domain.repeats for domain in found.domains.values()]
+    assert repeats == pytest.approx([9000 / sum(domain.tokens for domain in found.domains.values())] * 3)
+    plain = inspect_store(str(store_folder), validated(Inspect, {}))
+    assert {domain.repeats for domain in plain.domains.values()} == {None}
+
+
+def test_no_samples_without_the_tokenizer_unless_it_is_named(run, copied_store, model_folder):
+    path = copied_store / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"]["source"] = "org/gone"
+    path.write_text(json.dumps(manifest))
+    _, out, _ = run("--inspect", copied_store)
+    assert out.endswith(
+        "no samples: its tokenizer isn't on this machine under that name; --tokenizer says where it is\n"
+    )
+    _, out, _ = run("--inspect", copied_store, "--tokenizer", model_folder, "--json")
+    assert json.loads(out)["samples"].keys() == {"code", "prose", "sums"}
+
+
+def test_verify_reads_every_file(run, copied_store):
+    assert run("--verify", copied_store) == (0, f"{copied_store}: 12 files, every sum as in the manifest\n", "")
+    assert verify_store(str(copied_store)) == 12
+    path = copied_store / "prose/train-00000.tokens"
+    raw = path.read_bytes()
+    path.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    code, out, told = run("--verify", copied_store)
+    assert (code, out) == (2, "")
+    assert told.startswith(f"error: {path}: found sha256 ")
+    path.write_bytes(raw[:-2])
+    code, _, told = run("--inspect", copied_store)
+    assert code == 2
+    assert f"{path}: found {len(raw) - 2} bytes; expected {len(raw)} bytes; prepare the data again" in told
+
+
+def test_documents_are_added_once(run, copied_store, corpus, model_folder, tmp_path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"text": "one plus one is equal to two"}) + "\n")
+    words = [tmp_path / "sums.jsonl", "--tokenizer", model_folder, "--out", copied_store, "--add"]
+    before = inspect_store(str(copied_store), Inspect()).domains["sums"]
+    assert run(*words)[0] == 0
+    after = inspect_store(str(copied_store), Inspect()).domains["sums"]
+    assert after.documents + after.held_out_documents == before.documents + before.held_out_documents + 1
+    code, _, told = run(*words)
+    assert code == 2
+    assert "domain 'sums' of" in told
+    assert "found documents that it has already" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "inputs: found nothing; expected inputs, --tokenizer and --out; add inputs"),
+        (["d"], "--tokenizer: found nothing"),
+        (["d", "--tokenizer", "m"], "--out: found nothing"),
+        (["d", "--tokenizer", "m", "--out", "o", "--processes", "0"], "processes: found 0; expected greater than 0"),
+        (
+            ["d", "--tokenizer", "m", "--out", "o", "--add", "--seed", "1"],
+            "--add: found settings; expected the store's own",
+        ),
+        (["--inspect", "absent"], "absent/manifest.json: found no such file; expected a token store"),
+        (["--inspect", "STORE", "--tokens", "many"], "tokens: found 'many'; expected a count of tokens"),
+        (
+            ["--inspect", "STORE", "--proportions", "code"],
+            "--proportions: found 'code'; expected domain=number; write as a=.5,b=.5",
+        ),
+        (
+            ["--inspect", "STORE", "--proportions", "code=1,code=2"],
+            "--proportions: found 'code' twice; expected each domain once",
+        ),
+        (
+            ["--inspect", "STORE", "--proportions", "code=1,prose=x"],
+            "--proportions: found 'prose=x'; expected domain=number",
+        ),
+        (["--inspect", "STORE", "--proportions", "code=1,prose=1,sum=1"], "found 'sum'; expected a domain of the data"),
+        (["--inspect", "STORE", "--tokenizer", "./gone"], "model ./gone: found nothing at this path"),
+    ],
+)
+def test_mistakes(run, store_folder, words, told):
+    code, out, found = run(*[store_folder if word == "STORE" else word for word in words])
+    assert (code, out) == (2, "")
+    assert told in found
