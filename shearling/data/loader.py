@@ -56,8 +56,10 @@ def batch(store: Store, positions: Sequence[Position], *, seq_len: int, seed: in
     for position in positions:
         count = store.window_count(position.domain, "train", seq_len)
         found.append((position.domain, window_of(position, count, seed)))
-    ids = np.stack([store.window(domain, "train", index, seq_len) for domain, index in found])
     spans = [span(index, seq_len) for _, index in found]
+    ids = np.empty((len(found), seq_len + 1), np.int64)
+    for row, (domain, _), s in zip(ids, found, spans, strict=True):
+        row[:] = store.slice(domain, "train", s.start, s.stop)
     masks = [store.loss_mask(name, "train", s.start, s.stop) for (name, _), s in zip(found, spans, strict=True)]
     counted = None
     if any(mask is not None for mask in masks):
