@@ -7,6 +7,7 @@ from shearling import record
 from shearling.axes.shape import Shape
 from shearling.demo.compare import BATCH_TOKENS, PRUNE_STEPS, RATES, SEQ_LEN, Comparison
 from shearling.report.figures import loss_curves
+from shearling.report.mixture import mixture_parts
 from shearling.report.page import figure, heading, page, sample, table, text
 from shearling.report.run_page import (
     expected_parts,
@@ -56,6 +57,7 @@ def write_demo_page(out: Path, found: Comparison) -> Path:
             loss_curves(_curves(found, events), x_label="FLOPs after the source's training", y_label="nats per token"),
             "Mean of the domains. The sheared model starts as the masked source, whose steps cost more.",
         ),
+        *mixture_parts("healing", events[found.healed.label]),
         *shape_parts(origin),
         *expected_parts(masked, source=source, target=target),
         *layer_parts(origin),
