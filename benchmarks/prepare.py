@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 
@@ -25,22 +25,24 @@ from shearling.data.prepare import prepare
 from shearling.record import versions
 
 REPEATS = 5
-SPEED_MEGABYTES = 48
+SPEED_MEGABYTES = 64
 BATCH_DOCUMENTS = 512
 SAMPLE_SECONDS = 0.02
 WORDS = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 
-def write_lines(path: Path, megabytes: int) -> list[str]:
-    """JSON lines of shuffled words, mostly one to a few kilobytes a document; gives the texts."""
-    draw, words, texts, size = random.Random(0), WORDS.read_text(encoding="utf-8").split(), [], 0
+def texts_of(megabytes: int) -> Iterator[str]:
+    """Shuffled words, mostly one to a few kilobytes a text."""
+    draw, words, size = random.Random(0), WORDS.read_text(encoding="utf-8").split(), 0
+    while size < megabytes << 20:
+        text = " ".join(draw.choices(words, k=draw.randint(20, 800)))
+        size += len(text)
+        yield text
+
+
+def write_lines(path: Path, texts: Iterable[str]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        while size < megabytes << 20:
-            text = " ".join(draw.choices(words, k=draw.randint(20, 800)))
-            line = json.dumps({"text": text})
-            size += file.write(line + "\n")
-            texts.append(text if megabytes == SPEED_MEGABYTES else "")
-    return texts
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def bare(tokenizer: Tokenizer, texts: list[str]) -> int:
@@ -67,7 +69,8 @@ def rate(work: Callable[[], int]) -> float:
 
 def speed(tokenizer: Path, work: Path) -> dict[str, object]:
     path = work / "speed.jsonl"
-    texts, bare_tokenizer = write_lines(path, SPEED_MEGABYTES), Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    texts, bare_tokenizer = list(texts_of(SPEED_MEGABYTES)), Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    write_lines(path, texts)
     rates: dict[str, list[float]] = {"bare": [], "prepare": []}
     for _ in range(REPEATS):
         rates["bare"].append(rate(lambda: bare(bare_tokenizer, texts)))
@@ -108,8 +111,8 @@ def anonymous_bytes() -> int:
 
 def memory(tokenizer: Path, work: Path, megabytes: int) -> dict[str, object]:
     path, peak, done = work / "memory.jsonl", 0, threading.Event()
-    write_lines(path, megabytes)
-    before = anonymous_bytes()
+    write_lines(path, texts_of(megabytes))
+    input_bytes, before = path.stat().st_size, anonymous_bytes()
 
     def watch() -> None:
         nonlocal peak
@@ -123,7 +126,7 @@ def memory(tokenizer: Path, work: Path, megabytes: int) -> dict[str, object]:
     watcher.join()
     path.unlink()
     return {
-        "input_bytes": megabytes << 20,
+        "input_bytes": input_bytes,
         "tokens": tokens,
         "peak_anonymous_bytes": peak,
         "above_idle_bytes": peak - before,

@@ -190,7 +190,7 @@ class Inspect(Section):
     """What to tell of a token store: how often a budget of training tokens under a mixture reads each domain."""
 
     tokens: Tokens | None = None
-    proportions: dict[str, float] | None = None  # left out: by tokens
+    weights: dict[str, float] | None = None  # left out: by tokens
     tokenizer: str | None = None  # for the samples; left out: the one that the store names, if it is on this machine
 
 

@@ -27,17 +27,17 @@ class DomainSummary:
 
 
 def summarise(
-    store: Store, *, tokens: int | None = None, proportions: Mapping[str, float] | None = None
+    store: Store, *, tokens: int | None = None, weights: Mapping[str, float] | None = None
 ) -> dict[str, DomainSummary]:
     """Each domain's summary, for a budget of train tokens and a mixture, by the domains' sizes where none is given.
 
-    Raises UserError for proportions that don't fit the domains.
+    Raises UserError for weights that don't fit the domains.
     """
-    weights = proportions or {domain: float(store.num_tokens(domain, "train")) for domain in store.domains}
-    draw(SamplerState.start(store.domains), weights, 0)  # says what is wrong with them
+    shares = weights or {domain: float(store.num_tokens(domain, "train")) for domain in store.domains}
+    draw(SamplerState.start(store.domains), shares, 0)  # says what is wrong with them
     found = {}
     for domain, entry in store.manifest.domains.items():
-        train, held, share = entry.train, entry.eval, weights[domain] / sum(weights.values())
+        train, held, share = entry.train, entry.eval, shares[domain] / sum(shares.values())
         found[domain] = DomainSummary(
             documents=train.documents,
             tokens=train.tokens,

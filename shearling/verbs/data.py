@@ -107,7 +107,7 @@ class Inspected:
 def inspect_store(store: str, asked: Inspect) -> Inspected:
     """Counts, repeats and samples of a store. Raises UserError for a tokenizer asked for that isn't the store's."""
     opened = Store.open(store)
-    domains = summarise(opened, tokens=asked.tokens, proportions=asked.proportions)
+    domains = summarise(opened, tokens=asked.tokens, weights=asked.weights)
     source = asked.tokenizer or opened.manifest.tokenizer.source
     tokenizer = _tokenizer_of(opened, source, needed=asked.tokenizer is not None)
     samples = {}

@@ -1,14 +1,20 @@
+import json
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from stores import documents
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from shearling.data import long_text, tokenise
 from shearling.data.documents import Document
 from shearling.data.long_text import encode_long
 from shearling.data.prepare import prepare
+from shearling.data.store import Store
 from shearling.data.tokenise import Encoder, Pipeline, load_tokenizer
 
 WORDS = ["sheep", "wool", "x = 1", "\n\n", "\n    return", "café", "🐑🐑", "don't", "12345", "   ", "shorn.", "日本語"]
@@ -100,3 +106,40 @@ def test_nothing_but_what_was_asked_for_is_held(tokenizer_folder, small_pieces):
     document = Document(text_of(400), 0, "here")
     ids = encoder.backend.encode(document.text, add_special_tokens=False).ids
     assert np.array_equal(encode_long(encoder.backend.encode, document.text)[:, 0], ids)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from shearling.data.prepare import prepare
+
+def peak_bytes(name):
+    out = Path(sys.argv[1], name + "-out")
+    out.mkdir()
+    prepare([Path(sys.argv[1], name + ".jsonl")], tokenizer=Path(sys.argv[2]), out=out, processes=1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+before = peak_bytes("small")
+print(peak_bytes("large") - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_line_of_50_megabytes_takes_at_most_eight_times_its_length(tmp_path):
+    words = [f"{number:064}" for number in range(50)]
+    tokenizer = Tokenizer(models.WordLevel({**{word: id for id, word in enumerate(words)}, "</s>": 50}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    line, count = " ".join(words), 50_000_000 // (65 * len(words))
+    for name, times in (("small", 1), ("large", count)):
+        texts = [" ".join([line] * times), line]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path, folder], env=env, capture_output=True, text=True, check=True
+    )
+    assert int(measured.stdout) < 8 * 50_000_000
+    store = Store.open(tmp_path / "large-out")
+    tokens = sum(store.num_tokens("large", split) for split in ("train", "eval"))
+    assert tokens == (count + 1) * len(words) + 2

@@ -32,7 +32,7 @@ def copied_store(store_folder, tmp_path):
 
 def test_inspect_tells_what_is_there(run, store_folder, texts, model_folder):
     code, out, _ = run(
-        "--inspect", store_folder, "--tokens", "1M", "--proportions", "code=.5,prose=.25,sums=.25", "--json"
+        "--inspect", store_folder, "--tokens", "1M", "--weights", "code=.5,prose=.25,sums=.25", "--json"
     )
     found = json.loads(out)
     assert code == 0
@@ -111,18 +111,18 @@ def test_documents_are_added_once(run, copied_store, corpus, model_folder, tmp_p
         (["--inspect", "absent"], "absent/manifest.json: found no such file; expected a token store"),
         (["--inspect", "STORE", "--tokens", "many"], "tokens: found 'many'; expected a count of tokens"),
         (
-            ["--inspect", "STORE", "--proportions", "code"],
-            "--proportions: found 'code'; expected domain=number; write as a=.5,b=.5",
+            ["--inspect", "STORE", "--weights", "code"],
+            "--weights: found 'code'; expected domain=number; write as a=.5,b=.5",
         ),
         (
-            ["--inspect", "STORE", "--proportions", "code=1,code=2"],
-            "--proportions: found 'code' twice; expected each domain once",
+            ["--inspect", "STORE", "--weights", "code=1,code=2"],
+            "--weights: found 'code' twice; expected each domain once",
         ),
         (
-            ["--inspect", "STORE", "--proportions", "code=1,prose=x"],
-            "--proportions: found 'prose=x'; expected domain=number",
+            ["--inspect", "STORE", "--weights", "code=1,prose=x"],
+            "--weights: found 'prose=x'; expected domain=number",
         ),
-        (["--inspect", "STORE", "--proportions", "code=1,prose=1,sum=1"], "found 'sum'; expected a domain of the data"),
+        (["--inspect", "STORE", "--weights", "code=1,prose=1,sum=1"], "found 'sum'; expected a domain of the data"),
         (["--inspect", "STORE", "--tokenizer", "./gone"], "model ./gone: found nothing at this path"),
     ],
 )

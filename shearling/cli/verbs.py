@@ -1,20 +1,62 @@
-"""The command line: parse, call, print. Nothing else prints."""
+"""The verbs as commands: parse, call, print."""
 
-import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shearling import __version__
+from shearling.cli.options import (
+    AtEnd,
+    Autocast,
+    BatchTokens,
+    Checkpointing,
+    Compile,
+    DataStore,
+    Device,
+    Dtype,
+    Every,
+    Json,
+    KlShare,
+    Lr,
+    MixtureRule,
+    MixtureSchedule,
+    Model,
+    Out,
+    Reference,
+    Repeats,
+    Seed,
+    Separate,
+    SeqLen,
+    Signal,
+    Steps,
+    TeacherCache,
+    TeacherModel,
+    Tokens,
+    Weights,
+    Workers,
+    given,
+    mixture_words,
+    repeats_words,
+    teacher_words,
+)
+from shearling.cli.show import (
+    Progress,
+    in_bytes,
+    print_figures,
+    print_json,
+    print_losses,
+    print_rows,
+    print_table,
+    say_done,
+)
 from shearling.errors import UserError
 
 if TYPE_CHECKING:
-    from shearling.loss.held_out import Measured
+    pass
 
 app = typer.Typer(
     add_completion=False,
@@ -25,43 +67,6 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # what typer exits with on Ctrl-C
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Model = Annotated[str, typer.Argument(help="A model folder, a Hub id or a .gguf file.", show_default=False)]
-DataStore = Annotated[str, typer.Option("--data", help="A token store, made by `shearling data`.", show_default=False)]
-Out = Annotated[str, typer.Option("--out", help="The folder that the result becomes.", show_default=False)]
-Tokens = Annotated[str | None, typer.Option(help="How many tokens to train on: 200K, 1.5M, 50B.")]
-Steps = Annotated[int | None, typer.Option(help="How many optimizer steps, instead of --tokens.")]
-Lr = Annotated[float | None, typer.Option(help="Peak learning rate; left out, from the model's size.")]
-BatchTokens = Annotated[str | None, typer.Option(help="Tokens in a step; left out, from size and budget.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens in a window; left out, min(2048, the model's maximum).")]
-Seed = Annotated[int, typer.Option(help="Decides data order and noise.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; left out, the best there is.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the result's weights; left out, the source's.")]
-Autocast = Annotated[str, typer.Option(help="auto, off or bfloat16.")]
-MixtureSchedule = Annotated[
-    str, typer.Option("--mixture", help="dynamic (follows losses), constant, proportional (to tokens), auto.")
-]
-Weights = Annotated[str | None, typer.Option(help="Starting shares: a=.5,b=.5; left out, by tokens.")]
-Reference = Annotated[
-    str | None, typer.Option(help="Losses to follow: a file of `shearling reference`, or a=1.9,b=2.1.")
-]
-MixtureRule = Annotated[str | None, typer.Option("--mixture-rule", help="anchored or paper (Sheared-LLaMA's).")]
-Signal = Annotated[str | None, typer.Option(help="Held against the reference: held_out, training or teacher_kl.")]
-Every = Annotated[int | None, typer.Option("--mixture-every", help="Steps between updates of the mixture.")]
-TeacherModel = Annotated[
-    str | None, typer.Option("--teacher", help="A model to learn from; with --kl-share alone, the one it was cut from.")
-]
-KlShare = Annotated[float | None, typer.Option(help="Share of the KL to the teacher in the loss; with --teacher, 0.5.")]
-TeacherCache = Annotated[str | None, typer.Option(help="A folder for what the teacher says, to be used again.")]
-Repeats = Annotated[str | None, typer.Option(help="Readings of a domain at most: 4, or a=1,b=4; left out, unlimited.")]
-AtEnd = Annotated[str | None, typer.Option(help="Then: stop, redistribute or repeat; left out, refused beforehand.")]
-Separate = Annotated[
-    bool, typer.Option("--separate-documents", help="Keep documents apart in attention and positions.")
-]
-Workers = Annotated[int | None, typer.Option(help="Threads that read ahead; 0 for none.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
-Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 
 
 def _version(asked: bool) -> None:
@@ -87,15 +92,15 @@ def inspect_(model: Model, as_json: Json = False) -> None:
 
     found = inspect(model)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     print(f"{found['family']}, {found['parameters']:,} parameters, context {found['context_tokens']:,} tokens")
-    _table("shape", found["shape"])
-    _table("axes", found["axes"])
-    _table("parameters", found["parameters_by_group"])
-    _table("memory", {k.removesuffix("_bytes"): _bytes(v) for k, v in found.items() if k.endswith("_bytes")})
-    per_token = {"KV-cache": _bytes(found["kv_cache_bytes_per_token"]), "FLOPs, forward": found["flops_per_token"]}
-    _table("per token", per_token)
+    print_table("shape", found["shape"])
+    print_table("axes", found["axes"])
+    print_table("parameters", found["parameters_by_group"])
+    print_table("memory", {k.removesuffix("in_bytes"): in_bytes(v) for k, v in found.items() if k.endswith("in_bytes")})
+    per_token = {"KV-cache": in_bytes(found["kv_cache_bytes_per_token"]), "FLOPs, forward": found["flops_per_token"]}
+    print_table("per token", per_token)
 
 
 @app.command(epilog="Example: `shearling data corpus/ --tokenizer models/SmolLM2-135M --out store`")
@@ -111,7 +116,7 @@ def data(
     ] = None,
     verify: Annotated[str | None, typer.Option(metavar="STORE", help="Read all of a store and check its sums.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Of --inspect: a training budget, 200K, 1.5M, 50B.")] = None,
-    proportions: Annotated[
+    weights: Annotated[
         str | None, typer.Option(help="Of --inspect: code=0.5,prose=0.5; left out, by size.")
     ] = None,
     held_out: Annotated[
@@ -135,7 +140,7 @@ def data(
     Killed, the same command goes on where it was.
     """
     if inspect is not None:
-        _inspect_store(inspect, tokenizer=tokenizer, tokens=tokens, proportions=proportions, as_json=as_json)
+        _inspect_store(inspect, tokenizer=tokenizer, tokens=tokens, weights=weights, as_json=as_json)
         return
     if verify is not None:
         _verify_store(verify, as_json=as_json)
@@ -149,13 +154,13 @@ def data(
 
     from shearling.recipe import Data, validated
 
-    options = _given(held_out=held_out, seed=seed, processes=processes, messages_column=messages_column)
+    options = given(held_out=held_out, seed=seed, processes=processes, messages_column=messages_column)
     options |= {"text_column": text_column, "tokens_dtype": tokens_dtype, "skip_broken": skip_broken}
     asked = validated(Data, {"inputs": inputs, "assistant_loss_only": assistant_loss_only, **options})
 
     from shearling.verbs.data import add_documents, make_store
 
-    with _Progress(quiet=as_json) as progress:
+    with Progress(quiet=as_json) as progress:
         if add:
             store = add_documents(asked, tokenizer=str(tokenizer), out=str(out), progress=progress.documents)
             before = False
@@ -165,23 +170,25 @@ def data(
         domain: {split: store.num_tokens(domain, split) for split in ("train", "eval")} for domain in store.domains
     }
     if as_json:
-        _print_json({"out": out, "done_before": before, "tokens": counts})
+        print_json({"out": out, "done_before": before, "tokens": counts})
         return
-    _say_done(str(out), before)
-    _rows(("domain", "train tokens", "held out"), [(d, f"{c['train']:,}", f"{c['eval']:,}") for d, c in counts.items()])
+    say_done(str(out), before)
+    print_rows(
+        ("domain", "train tokens", "held out"), [(d, f"{c['train']:,}", f"{c['eval']:,}") for d, c in counts.items()]
+    )
 
 
-def _inspect_store(store: str, *, proportions: str | None, as_json: bool, **options: str | None) -> None:
+def _inspect_store(store: str, *, weights: str | None, as_json: bool, **options: str | None) -> None:
     from shearling.recipe import Inspect, parse_shares, validated
 
-    shares = {"proportions": parse_shares(proportions, "--proportions")} if proportions else {}
-    asked = validated(Inspect, {**_given(**options), **shares})
+    shares = {"weights": parse_shares(weights, "--weights")} if weights else {}
+    asked = validated(Inspect, {**given(**options), **shares})
 
     from shearling.verbs.data import inspect_store
 
     found = inspect_store(store, asked)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     print(f"{store}: ids below {found.vocab_size:,} as {found.dtype}, of {found.tokenizer} ({found.fingerprint[:12]})")
     rows = [
@@ -189,7 +196,7 @@ def _inspect_store(store: str, *, proportions: str | None, as_json: bool, **opti
             name,
             f"{domain.documents:,}",
             f"{domain.tokens:,}",
-            _bytes(domain.text_bytes),
+            in_bytes(domain.text_bytes),
             f"{domain.bytes_per_token:.2f}",
             f"{domain.held_out_documents:,}",
             f"{domain.held_out_tokens:,}",
@@ -199,7 +206,7 @@ def _inspect_store(store: str, *, proportions: str | None, as_json: bool, **opti
         for name, domain in found.domains.items()
     ]
     head = ("domain", "documents", "tokens", "text", "bytes/token", "held out", "tokens", "share", "repeats")
-    _rows(head, rows)
+    print_rows(head, rows)
     for name, sample in found.samples.items():
         print(f"\n{name}: {sample!r}")
     if not found.samples:
@@ -211,7 +218,7 @@ def _verify_store(store: str, *, as_json: bool) -> None:
 
     count = verify_store(store)
     if as_json:
-        _print_json({"store": store, "files": count})
+        print_json({"store": store, "files": count})
         return
     print(f"{store}: {count} files, every sum as in the manifest")
 
@@ -261,34 +268,34 @@ def prune(
     """Cuts a model to exactly the shape that you ask for, by learned masks or by one-shot scores."""
     from shearling.recipe import PAPER_PRUNE, Prune, validated
 
-    masks = _given(relaxation=relaxation, start=start, lr=mask_lr)
-    training = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    training |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
-    training |= {"repeats": _repeats(repeats), "separate_documents": separate_documents}
-    mixing = _mixture(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
+    masks = given(relaxation=relaxation, start=start, lr=mask_lr)
+    training = given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
+    training |= given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
+    mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
     if steps is not None:
         base.pop("tokens", None)
     asked = {**base, **training, "activation_checkpointing": activation_checkpointing, "to": to, "method": method}
     asked["masks"] = {**base.get("masks", {}), **masks}
     asked["mixture"] = {**base.get("mixture", {}), **mixing}
-    asked["teacher"] = _teacher(teacher, kl_share, cache=teacher_cache)
+    asked["teacher"] = teacher_words(teacher, kl_share, cache=teacher_cache)
     section = validated(Prune, asked)
 
     from shearling.verbs.prune import prune
 
-    with _Progress(quiet=as_json) as progress:
+    with Progress(quiet=as_json) as progress:
         result = prune(model, data=data, out=out, asked=section, watch=progress.steps)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _say_done(out, result.done_before)
+    say_done(out, result.done_before)
     print(f"{result.source_parameters:,} parameters -> {result.parameters:,}")
     for note in result.notes:
         print(note)
     for miss in result.misses:
         print(f"the masks missed their target and were cut to it: {miss}")
-    _losses({"source": result.source_losses, "cut": result.losses})
+    print_losses({"source": result.source_losses, "cut": result.losses})
     print(f"next: shearling heal {out} --data {data} --tokens N --out {out}-healed")
 
 
@@ -326,23 +333,23 @@ def heal(
     """Continued pre-training: brings back what the cut took."""
     from shearling.recipe import Heal, validated
 
-    asked = _given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    asked |= _given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
-    asked |= {"repeats": _repeats(repeats), "separate_documents": separate_documents}
-    mixing = _mixture(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
+    asked = given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
+    asked |= given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
+    mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}
-    asked["teacher"] = _teacher(teacher, kl_share, cache=teacher_cache)
+    asked["teacher"] = teacher_words(teacher, kl_share, cache=teacher_cache)
     section = validated(Heal, asked)
 
     from shearling.verbs.heal import heal
 
-    with _Progress(quiet=as_json) as progress:
+    with Progress(quiet=as_json) as progress:
         result = heal(model, data=data, out=out, asked=section, watch=progress.steps)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _say_done(out, result.done_before)
-    _losses({"before": result.losses_before, "healed": result.losses})
+    say_done(out, result.done_before)
+    print_losses({"before": result.losses_before, "healed": result.losses})
     print(f"next: shearling eval {out} --data {data}")
 
 
@@ -359,16 +366,16 @@ def eval_(
     """Held-out loss per domain, with its standard error over documents, per byte, and as perplexity."""
     from shearling.recipe import Eval, validated
 
-    asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+    asked = validated(Eval, given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
 
     from shearling.verbs.evaluate import evaluate
 
     result = evaluate(model, data=data, **asked.model_dump())
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     print(f"{model}: {result.parameters:,} parameters, windows of {result.seq_len} tokens")
-    _figures(result.figures)
+    print_figures(result.figures)
 
 
 @app.command(
@@ -394,7 +401,7 @@ def reference(
     """Losses per domain that a smaller model should reach: its source's, a scaling law's, or given."""
     from shearling.recipe import Eval, validated
 
-    asked = validated(Eval, _given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+    asked = validated(Eval, given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
 
     from shearling.verbs.reference import check_out, write_reference
     from shearling.verbs.reference import reference as find
@@ -405,14 +412,14 @@ def reference(
     if out is not None:
         write_reference(found, Path(out))
     if as_json:
-        _print_json(found.losses)
+        print_json(found.losses)
     else:
         print(found.how)
-        _rows(("domain", "nats per token"), [(domain, f"{loss:.4f}") for domain, loss in found.losses.items()])
+        print_rows(("domain", "nats per token"), [(domain, f"{loss:.4f}") for domain, loss in found.losses.items()])
     for note in found.notes:
         print(note, file=sys.stderr if as_json else sys.stdout)
     if out is not None and not as_json:
-        _say_done(out, False)
+        say_done(out, False)
 
 
 @app.command(epilog="Example: `shearling run recipes/stories260k.yaml --set heal.tokens=2M`")
@@ -428,12 +435,12 @@ def run(
 
     from shearling.run import run
 
-    with _Progress(quiet=as_json) as progress:
+    with Progress(quiet=as_json) as progress:
         result = run(asked, watch=progress.steps, documents=progress.documents)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _losses(result.losses)
+    print_losses(result.losses)
     print(f"the result: {result.model}; what happened: {result.report}")
 
 
@@ -443,138 +450,14 @@ def demo(out: Out = "demo", seed: Seed = 0, as_json: Json = False) -> None:
     from shearling.demo.compare import compare
     from shearling.demo.page import summary, write_demo_page
 
-    with _Progress(quiet=as_json) as progress:
+    with Progress(quiet=as_json) as progress:
         found = compare(Path(out) / f"seed-{seed}", seed=seed, watch=progress.steps)
     page = write_demo_page(Path(out) / f"seed-{seed}.html", found)
     if as_json:
-        _print_json({**{arm.label: asdict(arm) for arm in found.arms}, "passed": found.passed, "page": page})
+        print_json({**{arm.label: asdict(arm) for arm in found.arms}, "passed": found.passed, "page": page})
     else:
         print(f"{summary(found)}\n\nthe page: {page}")
     raise typer.Exit(0 if found.passed else 1)
-
-
-class _Progress:
-    """Rich progress on the terminal, with time left; silent where asked or where nobody looks."""
-
-    def __init__(self, *, quiet: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
-
-    def __enter__(self) -> "_Progress":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def steps(self, title: str, steps: int) -> Callable[[int, float, Mapping[str, float]], None]:
-        task = self._bars.add_task(title, total=steps, note="")
-
-        def update(step: int, loss: float, excess: Mapping[str, float]) -> None:
-            worst = sorted(excess, key=lambda domain: -excess[domain])[:3]
-            behind = ", ".join(f"{domain} +{excess[domain]:.2f}" for domain in worst if excess[domain] > 0)
-            self._bars.update(task, completed=step, note=f"loss {loss:.3f}" + (f"; behind: {behind}" if behind else ""))
-
-        return update
-
-    def documents(self, domain: str, documents: int, tokens: int) -> None:
-        task = next((t.id for t in self._bars.tasks if t.description == domain), None)
-        if task is None:
-            task = self._bars.add_task(domain, total=None, note="")
-        self._bars.update(task, completed=documents, note=f"{tokens:,} tokens")
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def _mixture(schedule: str, weights: str | None, **options: Any) -> dict[str, Any]:
-    """The section of a recipe that these options stand for."""
-    from shearling.recipe import parse_shares
-
-    shares = None if weights is None else parse_shares(weights, "--weights")
-    return _given(schedule=None if schedule == "auto" else schedule, weights=shares, **options)
-
-
-def _teacher(model: str | None, share: float | None, **options: Any) -> dict[str, Any]:
-    """The section of a recipe that these options stand for: a teacher that is named is listened to."""
-    half = 0.5 if model is not None and share is None else share
-    return _given(model=model, share=half, **options)
-
-
-def _repeats(text: str | None) -> Any:
-    from shearling.recipe import parse_shares
-
-    return parse_shares(text, "--repeats", int) if text and "=" in text else text
-
-
-def _print_json(value: Any) -> None:
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    print(json.dumps(value, default=str))
-
-
-def _say_done(out: str, before: bool) -> None:
-    print(f"{out}: {'already done' if before else 'done'}")
-
-
-def _table(title: str, values: Mapping[str, Any]) -> None:
-    print(f"\n{title}")
-    width = max(map(len, values))
-    for key, value in values.items():
-        print(f"  {key:<{width}}  {value:>18,}" if isinstance(value, int) else f"  {key:<{width}}  {value:>18}")
-
-
-def _losses(columns: Mapping[str, Mapping[str, float]]) -> None:
-    """Held-out losses, a row a domain, and their mean."""
-    domains = list(next(iter(columns.values())))
-    rows = [(d, *(f"{losses[d]:.4f}" for losses in columns.values())) for d in domains]
-    means = (f"{sum(losses.values()) / len(losses):.4f}" for losses in columns.values())
-    _rows(("held-out loss", *columns), [*rows, ("mean", *means)])
-
-
-def _figures(figures: Mapping[str, "Measured"]) -> None:
-    """All figures of a measurement, a row a domain, and the mean loss."""
-    head = ("held-out loss", "nats per token", "standard error", "nats per byte", "perplexity", "tokens", "documents")
-    rows = [
-        (
-            domain,
-            f"{found.nats_per_token:.4f}",
-            _or_dash(found.standard_error),
-            _or_dash(found.nats_per_byte),
-            f"{found.perplexity:,.2f}",
-            f"{found.tokens:,}",
-            f"{found.documents:,}",
-        )
-        for domain, found in figures.items()
-    ]
-    mean = sum(found.nats_per_token for found in figures.values()) / len(figures)
-    _rows(head, [*rows, ("mean", f"{mean:.4f}", "", "", "", "", "")])
-
-
-def _or_dash(figure: float | None) -> str:
-    return "–" if figure is None else f"{figure:.4f}"
-
-
-def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        first, *rest = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  ".join((first.strip().ljust(widths[0]), *rest)))
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def main() -> None:
@@ -590,7 +473,3 @@ def main() -> None:
         if done.code == INTERRUPTED:
             print("interrupted: what wasn't finished is not under its output's name", file=sys.stderr)
         raise
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m shearling.cli`."""
+
+from shearling.cli import main
+
+main()
