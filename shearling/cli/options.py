@@ -42,7 +42,7 @@ Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 
 
-def given(**options: Any) -> dict[str, Any]:
+def those_given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
@@ -51,13 +51,13 @@ def mixture_words(schedule: str, weights: str | None, **options: Any) -> dict[st
     from shearling.recipe import parse_shares
 
     shares = None if weights is None else parse_shares(weights, "--weights")
-    return given(schedule=None if schedule == "auto" else schedule, weights=shares, **options)
+    return those_given(schedule=None if schedule == "auto" else schedule, weights=shares, **options)
 
 
 def teacher_words(model: str | None, share: float | None, **options: Any) -> dict[str, Any]:
     """The section of a recipe that these options stand for: a teacher that is named is listened to."""
     half = 0.5 if model is not None and share is None else share
-    return given(model=model, share=half, **options)
+    return those_given(model=model, share=half, **options)
 
 
 def repeats_words(text: str | None) -> Any:

@@ -38,10 +38,10 @@ from shearling.cli.options import (
     Tokens,
     Weights,
     Workers,
-    given,
     mixture_words,
     repeats_words,
     teacher_words,
+    those_given,
 )
 from shearling.cli.show import (
     Progress,
@@ -116,9 +116,7 @@ def data(
     ] = None,
     verify: Annotated[str | None, typer.Option(metavar="STORE", help="Read all of a store and check its sums.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Of --inspect: a training budget, 200K, 1.5M, 50B.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Of --inspect: code=0.5,prose=0.5; left out, by size.")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Of --inspect: code=0.5,prose=0.5; left out, by size.")] = None,
     held_out: Annotated[
         float | None, typer.Option(help="Share of documents held out where no eval file is there.  [default: 0.01]")
     ] = None,
@@ -154,7 +152,7 @@ def data(
 
     from shearling.recipe import Data, validated
 
-    options = given(held_out=held_out, seed=seed, processes=processes, messages_column=messages_column)
+    options = those_given(held_out=held_out, seed=seed, processes=processes, messages_column=messages_column)
     options |= {"text_column": text_column, "tokens_dtype": tokens_dtype, "skip_broken": skip_broken}
     asked = validated(Data, {"inputs": inputs, "assistant_loss_only": assistant_loss_only, **options})
 
@@ -182,7 +180,7 @@ def _inspect_store(store: str, *, weights: str | None, as_json: bool, **options:
     from shearling.recipe import Inspect, parse_shares, validated
 
     shares = {"weights": parse_shares(weights, "--weights")} if weights else {}
-    asked = validated(Inspect, {**given(**options), **shares})
+    asked = validated(Inspect, {**those_given(**options), **shares})
 
     from shearling.verbs.data import inspect_store
 
@@ -268,9 +266,9 @@ def prune(
     """Cuts a model to exactly the shape that you ask for, by learned masks or by one-shot scores."""
     from shearling.recipe import PAPER_PRUNE, Prune, validated
 
-    masks = given(relaxation=relaxation, start=start, lr=mask_lr)
-    training = given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    training |= given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    masks = those_given(relaxation=relaxation, start=start, lr=mask_lr)
+    training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
+    training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -333,8 +331,8 @@ def heal(
     """Continued pre-training: brings back what the cut took."""
     from shearling.recipe import Heal, validated
 
-    asked = given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
-    asked |= given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
+    asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}
@@ -366,7 +364,7 @@ def eval_(
     """Held-out loss per domain, with its standard error over documents, per byte, and as perplexity."""
     from shearling.recipe import Eval, validated
 
-    asked = validated(Eval, given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+    asked = validated(Eval, those_given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
 
     from shearling.verbs.evaluate import evaluate
 
@@ -401,7 +399,7 @@ def reference(
     """Losses per domain that a smaller model should reach: its source's, a scaling law's, or given."""
     from shearling.recipe import Eval, validated
 
-    asked = validated(Eval, given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
+    asked = validated(Eval, those_given(seq_len=seq_len, windows=windows, device=device, dtype=dtype))
 
     from shearling.verbs.reference import check_out, write_reference
     from shearling.verbs.reference import reference as find

@@ -31,9 +31,7 @@ def copied_store(store_folder, tmp_path):
 
 
 def test_inspect_tells_what_is_there(run, store_folder, texts, model_folder):
-    code, out, _ = run(
-        "--inspect", store_folder, "--tokens", "1M", "--weights", "code=.5,prose=.25,sums=.25", "--json"
-    )
+    code, out, _ = run("--inspect", store_folder, "--tokens", "1M", "--weights", "code=.5,prose=.25,sums=.25", "--json")
     found = json.loads(out)
     assert code == 0
     for name, domain in found["domains"].items():
