@@ -99,9 +99,12 @@ def family() -> Iterator[int]:
 
 
 def anonymous_bytes() -> int:
-    total = 0
+    total, own = 0, Path("/proc/self/cmdline").read_bytes()
     for pid in family():
         try:
+            # Between its fork and its start a child of these words is this process, counted once more.
+            if pid != os.getpid() and Path(f"/proc/{pid}/cmdline").read_bytes() == own:
+                continue
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:  # ended in between
             continue

@@ -1,13 +1,16 @@
 """One shard of a split, written: ids, offsets and where needed the loss mask, under their names once they are whole."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from shearling.data.manifest import Dtype, ShardEntry, dtype_of
+from shearling.errors import UserError
 
 UNFINISHED = ".part"
 ONES_TOKENS = 1 << 20
@@ -73,13 +76,15 @@ class _Hashed:
 
     def write(self, raw: bytes) -> None:
         assert self._file
-        self._file.write(raw)
+        with _room(self._path):
+            self._file.write(raw)
         self._hash.update(raw)
 
     def keep(self, path: Path) -> str:
         assert self._file
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _room(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
         os.replace(self._path, path)
@@ -87,5 +92,19 @@ class _Hashed:
 
     def drop(self) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what is still to be written doesn't matter any more
+                self._file.close()
             self._path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _room(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            str(path.parent),
+            found=f"it can't be written to ({error.strerror})",
+            expected="room for the store, 2 or 4 bytes a token",
+            change="make room and run the same command again, it goes on where it was",
+        ) from error

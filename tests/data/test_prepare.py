@@ -211,6 +211,26 @@ def test_a_mistake_late_keeps_what_is_finished(corpus, tokenizer_folder, tmp_pat
     store.verify()
 
 
+def test_a_full_disk_keeps_what_is_finished(make, tmp_path, small_shards, monkeypatch):
+    real, synced = os.fsync, []
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) > 9:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        found = message(make, "out", processes=1)
+    assert "found it can't be written to (No space left on device); expected room for the store" in found
+    assert not list((tmp_path / "out").glob("*/*.part"))
+    assert has_receipts(tmp_path / "out")
+    make("out")
+    make("fresh")
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+
+
 # Held-out documents
 
 
