@@ -1,5 +1,5 @@
 """The command line: parse, call, print. Nothing else prints."""
 
-from shearling.cli.verbs import main
+from shearling.cli.verbs import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

@@ -98,7 +98,7 @@ def inspect_(model: Model, as_json: Json = False) -> None:
     print_table("shape", found["shape"])
     print_table("axes", found["axes"])
     print_table("parameters", found["parameters_by_group"])
-    print_table("memory", {k.removesuffix("in_bytes"): in_bytes(v) for k, v in found.items() if k.endswith("in_bytes")})
+    print_table("memory", {k.removesuffix("_bytes"): in_bytes(v) for k, v in found.items() if k.endswith("_bytes")})
     per_token = {"KV-cache": in_bytes(found["kv_cache_bytes_per_token"]), "FLOPs, forward": found["flops_per_token"]}
     print_table("per token", per_token)
 
