@@ -1,6 +1,6 @@
 """What a user can put right. The CLI prints these and exits with 2; everything else is our fault and exits with 1."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -41,3 +41,14 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """The known words that come closest to `word`, as a hint to end a sentence with."""
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def check_ranges(options: object, ranges: Mapping[str, tuple[float, float | None]]) -> None:
+    """Raises ValueError, which a recipe's reader turns into a UserError, for the first option outside its range.
+
+    A range includes its ends; None is no upper end, and an option that is None is left open.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and (not value >= low or (high is not None and value > high)):
+            raise ValueError(f"{name} from {low:g}" + (f" to {high:g}" if high is not None else ""))

@@ -5,6 +5,7 @@ from typing import Any
 
 from shearling.axes.shape import KEYS, Shape
 from shearling.axes.spec import Family, LayerRule
+from shearling.errors import UserError
 
 
 def config_at(
@@ -33,9 +34,16 @@ def config_at(
 
 
 def layer_list(family: Family, config: Mapping[str, Any], rule: LayerRule) -> list[Any] | None:
-    """A per-layer list of the config, spelled out; None where all layers are alike anyway."""
+    """A per-layer list of the config, spelled out; None where all layers are alike anyway.
+
+    Raises UserError for a list that is not one entry a layer.
+    """
     if config.get(rule.key) is not None:
-        return list(config[rule.key])
+        found, layers = list(config[rule.key]), config["num_hidden_layers"]
+        if len(found) != layers:
+            change = "mend config.json"
+            raise UserError(rule.key, found=f"{len(found)} entries", expected=f"{layers}, one a layer", change=change)
+        return found
     no_window = config.get(rule.window, ...) is None
     if no_window or not family.setting(config, rule.flag):
         return None

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from shearling.errors import check_ranges
+
 
 @dataclass(frozen=True)
 class Options:
@@ -26,6 +28,11 @@ class Options:
     multiplier_lr: float = 1.0
     quadratic: float = 300.0  # where l2 starts: from 0 the sizes swing about their targets in a run of few steps
     ascent: Literal["plain", "adamw"] = "plain"
+
+    def __post_init__(self) -> None:
+        tiny = 1e-9
+        ranges = {"lr": (tiny, None), "slide": (0, 1), "temperature": (tiny, None), "temperature_end": (tiny, None)}
+        check_ranges(self, {**ranges, "spread": (0, None), "multiplier_lr": (0, None), "quadratic": (0, None)})
 
     @property
     def rate(self) -> float:

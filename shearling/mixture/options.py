@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from shearling.errors import check_ranges
 from shearling.mixture.weights import Rule
 
 Schedule = Literal["auto", "dynamic", "constant", "proportional"]
@@ -40,11 +41,9 @@ class Options:
     cap: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = {"every": (1, None), "eta": (0, None), "smoothing": (0, 1), "floor": (0, 1), "cap": (1, None)}
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and (not value >= low or (high is not None and value > high)):
-                raise ValueError(f"{name} from {low}" + (f" to {high}" if high is not None else ""))
+        check_ranges(
+            self, {"every": (1, None), "eta": (0, None), "smoothing": (0, 1), "floor": (0, 1), "cap": (1, None)}
+        )
 
     def chosen_rule(self) -> Rule:
         """The rule with what was asked for."""

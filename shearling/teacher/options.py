@@ -6,6 +6,8 @@ On stories260K, healed for 300 steps, a share of a half gained some 0.04 nats (o
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from shearling.errors import check_ranges
+
 Weights = Literal["as_is", "int8"]
 KindName = Literal["top_k", "sampled"]
 
@@ -37,11 +39,7 @@ class Options:
     k: int = 32  # 68 bytes a token: the head's gradient is off by 5% over 4,096 tokens (benchmarks/)
 
     def __post_init__(self) -> None:
-        bounds = {"share": (0, 1), "share_end": (0, 1), "hidden": (0, None), "k": (1, None)}
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and (not value >= low or (high is not None and value > high)):
-                raise ValueError(f"{name} from {low}" + (f" to {high}" if high is not None else ""))
+        check_ranges(self, {"share": (0, 1), "share_end": (0, 1), "hidden": (0, None), "k": (1, None)})
 
     @property
     def wanted(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shearling.arch import family_of
-from shearling.arch.config import config_at, max_positions
+from shearling.arch.config import config_at, layer_list, max_positions
 from shearling.axes.count import parameters
 from shearling.axes.shape import Shape, shape_of
 from shearling.axes.spec import Family
@@ -46,6 +46,8 @@ class Source:
         checkpoint = Checkpoint.open(folder)
         family = family_of(checkpoint.config)
         shape = shape_of(family, checkpoint.config)
+        for rule in family.layer_rules:
+            layer_list(family, checkpoint.config, rule)  # says what is wrong with it
         check_table(checkpoint, family, shape)
         if dtype is None:
             check_dtype(checkpoint.config, checkpoint)

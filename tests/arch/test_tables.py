@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shearling.arch import families, family_of
-from shearling.arch.config import config_at
+from shearling.arch.config import config_at, layer_list
 from shearling.axes.shape import KEYS, resolve_target, shape_of
 from shearling.axes.spec import Family, named
 from shearling.errors import UserError
@@ -160,3 +160,11 @@ def test_per_layer_lists_follow_the_kept_layers(family: Family, model_type: str,
 def test_an_unknown_family_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"found 'qwen33'; expected one of .*llama.*did you mean 'qwen3'"):
         family_of({"model_type": "qwen33"})
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_per_layer_list_of_another_length_is_refused(model_type: str) -> None:
+    config = {"model_type": model_type, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 2}
+    family = family_of(config)
+    with pytest.raises(UserError, match="layer_types: found 2 entries; expected 3, one a layer"):
+        [layer_list(family, config, rule) for rule in family.layer_rules]

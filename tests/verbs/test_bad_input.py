@@ -293,6 +293,14 @@ def test_a_mixture_that_does_not_fit_the_domains(call, refused, model_folder, ve
     refused(lambda: call[verb](model_folder, mixture=mixture), *parts)
 
 
+@pytest.mark.parametrize(
+    ("masks", "expected"),
+    [({"slide": -1}, "slide from 0 to 1"), ({"temperature": 0}, "temperature from"), ({"lr": -0.1}, "lr from")],
+)
+def test_masks_out_of_range(call, refused, model_folder, masks, expected):
+    refused(lambda: call["prune by masks"](model_folder, masks=masks), "masks", expected)
+
+
 @pytest.mark.parametrize("verb", VERBS[:3])
 def test_a_domain_that_its_share_uses_up(call, refused, model_folder, verb):
     """The step is named, and so is what can be said to happen then."""
