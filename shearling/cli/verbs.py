@@ -289,8 +289,6 @@ def prune(
         return
     say_done(out, result.done_before)
     print(f"{result.source_parameters:,} parameters -> {result.parameters:,}")
-    for note in result.notes:
-        print(note)
     for miss in result.misses:
         print(f"the masks missed their target and were cut to it: {miss}")
     print_losses({"source": result.source_losses, "cut": result.losses})
