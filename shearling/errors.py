@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from math import isfinite
 from typing import Any
 
 
@@ -50,5 +51,5 @@ def check_ranges(options: object, ranges: Mapping[str, tuple[float, float | None
     """
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
-        if value is not None and (not value >= low or (high is not None and value > high)):
+        if value is not None and not (isfinite(value) and low <= value and (high is None or value <= high)):
             raise ValueError(f"{name} from {low:g}" + (f" to {high:g}" if high is not None else ""))

@@ -101,6 +101,9 @@ class Training(Section):
         if self.mixture.signal == "teacher_kl" and not self.teacher.wanted:
             change = "give a teacher's share, or another signal"
             raise UserError("mixture.signal", found="teacher_kl, no teacher", expected="a teacher", change=change)
+        if self.mixture.signal == "teacher_kl" and self.mixture.reference is not None:
+            change = "leave the reference out: the KL is held against 0"
+            raise UserError("mixture", found="a reference beside teacher_kl", expected="one of them", change=change)
         if self.teacher.hidden and self.compile:
             change = "leave one of them out"  # hooks set on a compiled model aren't run
             raise UserError("teacher.hidden", found="it with compile", expected="one of them", change=change)
@@ -108,7 +111,7 @@ class Training(Section):
 
     def identity(self) -> dict[str, Any]:
         """What makes a stage with these settings this one: all but what changes nothing in the result."""
-        return self.model_dump(mode="json", exclude={"workers": True, "teacher": {"cache", "device"}})
+        return self.model_dump(mode="json", exclude={"workers": True, "teacher": {"cache"}})
 
 
 class Prune(Training):
@@ -155,20 +158,26 @@ class Heal(Training):
         if self.phases and (self.tokens is not None or self.steps is not None):
             change = "leave the section's own tokens or steps out"
             raise UserError("heal", found="a budget beside phases", expected="those of the phases", change=change)
+        if len(self.phases) > 1 and any(s.schedule == "cosine" for s in (self, *self.phases)):
+            change = "leave it out: trapezoid, which stays up between phases"
+            raise UserError("schedule", found="cosine in phases", expected="trapezoid", change=change)
+        if self.phases:
+            self.each_phase()
         return self
 
-    def each_phase(self) -> "list[tuple[Heal, str | None]]":
-        """A section for each phase, whole, and the data of its own that it names.
+    def each_phase(self) -> "list[tuple[Heal, str | None, bool]]":
+        """A section for each phase, whole; the data of its own that it names; whether its mixture is the section's.
 
         The rate stays up between phases and rises only at the first: warm-up and decay are for the ends of the run.
         """
         if not self.phases:
-            return [(self, None)]
+            return [(self, None, True)]
         found, last = [], len(self.phases) - 1
         for number, phase in enumerate(self.phases):
             between = {"warmup": self.warmup if number == 0 else 0.0, "decay": self.decay if number == last else 0.0}
             given = {name: value for name, value in phase if value is not None and name != "data"}
-            found.append((self.model_copy(update={"phases": [], **between, **given}), phase.data))
+            values = {**dict(self), "phases": [], **between, **given}
+            found.append((type(self).model_validate(values), phase.data, phase.mixture is None))
         return found
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 IGNORED = -100  # a target that torch's cross-entropies pass over
@@ -42,8 +43,10 @@ class Batch:
         return replace(some, domains=tuple(self.domains[row] for row in chosen), windows=windows)
 
     def to(self, device: Any) -> "Batch":
-        """The same on a device; from pinned memory without waiting."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same on a device; to a GPU, from pinned memory, without waiting."""
+        # Away from a GPU nothing would wait for the copy, and whoever reads would be too early.
+        ahead = torch.device(device).type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=ahead))
 
     def pinned(self) -> "Batch":
         """The same in page-locked memory, which copies to a GPU without waiting."""

@@ -66,6 +66,12 @@ class Feed:
         """Windows that each limited domain gives in all."""
         return {d: n * self.windows(d) for d, n in self.repeats.items()}
 
+    def used_up(self, state: SamplerState, weights: Mapping[str, float]) -> list[str]:
+        """The limited domains that have no window left for what the next batch asks."""
+        _, after = draw(state, weights, self.sequences, limits=self.limits())
+        drawn = dict(zip(after.domains, after.drawn, strict=True))
+        return [domain for domain, most in self.limits().items() if drawn[domain] >= most]
+
     def windows(self, domain: str) -> int:
         """Windows in one reading of a domain."""
         return self.store.window_count(domain, "train", self.seq_len)

@@ -76,8 +76,9 @@ def _starts(store: Store, domain: str, index: int, seq_len: int) -> np.ndarray:
     """Where in window `index` each token's document starts, int64 [seq_len + 1]; 0 for the one it opens in."""
     inside = span(index, seq_len)
     offsets = store.offsets(domain, "train")
-    first = np.searchsorted(offsets, inside.start, side="right")
-    last = np.searchsorted(offsets, inside.stop, side="left")
+    # uint64 like the offsets, as below
+    first = np.searchsorted(offsets, np.uint64(inside.start), side="right")
+    last = np.searchsorted(offsets, np.uint64(inside.stop), side="left")
     starts = np.concatenate(([0], offsets[first:last].astype(np.int64) - inside.start))
     lengths = np.diff(np.append(starts, seq_len + 1))
     return np.repeat(starts, lengths)

@@ -34,12 +34,14 @@ class SamplerState:
     """How far a run has read: windows drawn of each domain, ever and since the proportions last changed.
 
     Plain values, in the order of `domains`; `weights` are the proportions as coprime integers, none before any draw.
+    `owed` are the windows by which a domain fell short of its shares before that change (above, if negative).
     """
 
     domains: tuple[str, ...]
     drawn: tuple[int, ...]
     since: tuple[int, ...]
     weights: tuple[int, ...] = ()
+    owed: tuple[float, ...] = ()
 
     @classmethod
     def start(cls, domains: Sequence[str]) -> "SamplerState":
@@ -61,7 +63,8 @@ def draw(
     The earliest deadline first among the eligible: a domain with c picks is eligible for slot n (from 0) if
     c < w (n + 1), and its deadline is ceil((c + 1) / w); ties go to the first domain. This is Pfair scheduling of one
     processor (Baruah et al. 1996, Tijdeman's chairman assignment), in integers and so exact. Proportions that differ
-    from the last draw's start the count anew.
+    from the last draw's start the count anew, with a window of the domain that is owed most: else one with less than a
+    window between two changes would never have its turn. (It still has less than its share if they come that often.)
 
     `limits` are the windows that a domain may give in all. Once one has given them, its share goes to the others if
     they `redistribute`, which is a change of proportions; else, or when all have, there are fewer positions than
@@ -69,7 +72,7 @@ def draw(
     """
     asked = _weights(state.domains, proportions)
     allowed = [(limits or {}).get(domain, math.inf) for domain in state.domains]
-    drawn, since, last = list(state.drawn), list(state.since), state.weights
+    drawn, since, last, owed = list(state.drawn), list(state.since), state.weights, state.owed
     positions: list[Position] = []
     turns = None
     while len(positions) < count:
@@ -79,8 +82,9 @@ def draw(
             if not any(weights):
                 break
             if weights != last:
+                owed = _owed(owed, since, last)
                 last, since = weights, [0] * len(drawn)
-            turns = _turns(since, weights)
+            turns = _turns(since, weights, owed)
         pick = next(turns)
         if drawn[pick] >= allowed[pick]:
             break
@@ -89,7 +93,7 @@ def draw(
         since[pick] += 1
         if redistribute and drawn[pick] >= allowed[pick]:
             turns = None
-    return positions, replace(state, drawn=tuple(drawn), since=tuple(since), weights=last)
+    return positions, replace(state, drawn=tuple(drawn), since=tuple(since), weights=last, owed=owed)
 
 
 def slots_until_end(state: SamplerState, proportions: Mapping[str, float], limits: Mapping[str, int]) -> dict[str, int]:
@@ -170,17 +174,33 @@ def _coprime(weights: Sequence[int]) -> tuple[int, ...]:
     return tuple(weight // divisor for weight in weights)
 
 
-def _turns(since: Sequence[int], weights: Sequence[int]) -> Iterator[int]:
-    """Who is next, for ever: the earliest deadline first among the eligible, from where the counts `since` stand."""
+def _owed(owed: Sequence[float], since: Sequence[int], weights: Sequence[int]) -> tuple[float, ...]:
+    """What each domain is short of its shares, with the count `since` under `weights` that ends here."""
+    if not weights:
+        return (0.0,) * len(since)
+    slots, total = sum(since), sum(weights)
+    before = owed or (0.0,) * len(since)
+    return tuple(b + float(Fraction(w * slots, total) - c) for b, w, c in zip(before, weights, since, strict=True))
+
+
+def _turns(since: Sequence[int], weights: Sequence[int], owed: Sequence[float]) -> Iterator[int]:
+    """Who is next, for ever, from where the counts `since` stand.
+
+    The first of all is who is owed most, then the earliest deadline first among the eligible. One window out of turn
+    can't make another late: the others' shares of t slots come to less than t, so whole windows to t - 1 at most.
+    """
     slot, total, counts = sum(since), sum(weights), list(since)
     running = [j for j, weight in enumerate(weights) if weight]
     deadlines = {j: -(-(counts[j] + 1) * total // weights[j]) for j in running}
     while True:
         slot += 1
         pick, earliest = -1, 0
-        for j in running:
-            if counts[j] * total < weights[j] * slot and (pick < 0 or deadlines[j] < earliest):
-                pick, earliest = j, deadlines[j]
+        if slot == 1 and any(owed):
+            pick = max(running, key=lambda j: (owed[j], -j))
+        else:
+            for j in running:
+                if counts[j] * total < weights[j] * slot and (pick < 0 or deadlines[j] < earliest):
+                    pick, earliest = j, deadlines[j]
         yield pick
         counts[pick] += 1
         deadlines[pick] = -(-(counts[pick] + 1) * total // weights[pick])

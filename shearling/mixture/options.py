@@ -42,7 +42,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, {"every": (1, None), "eta": (0, None), "smoothing": (0, 1), "floor": (0, 1), "cap": (1, None)}
+            self, {"every": (1, None), "eta": (0, None), "smoothing": (0, 0.99), "floor": (0, 0.9), "cap": (1, None)}
         )
 
     def chosen_rule(self) -> Rule:

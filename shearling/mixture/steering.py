@@ -44,9 +44,12 @@ class Steered:
 def _sentence(before: Mixture, after: Mixture) -> str:
     """Who gained most, and why."""
     change = {domain: after.weights[domain] - before.weights[domain] for domain in after.weights}
-    domain = max(change, key=lambda d: change[d])
-    if change[domain] < 5e-5:
+    gained = max(change, key=lambda d: change[d])
+    if change[gained] < 5e-5:
         return "the weights stay as they are"
-    behind = after.excess.get(domain, 0.0)
-    shares = f"{before.weights[domain]:.1%} to {after.weights[domain]:.1%}"
-    return f"{domain} goes from {shares} of the data: it is {behind:.3f} above its reference"
+    shares = f"{gained} goes from {before.weights[gained]:.1%} to {after.weights[gained]:.1%} of the data"
+    excess, old = after.excess.get(gained, 0.0), before.excess.get(gained, 0.0)
+    if excess > 0 and (excess >= old or not before.excess):
+        return f"{shares}: it is {excess:.3f} above its reference"
+    lost = min(change, key=lambda d: change[d])
+    return f"{shares}, of what {lost} gives back: that is {after.excess.get(lost, 0.0):.3f} above its reference by now"

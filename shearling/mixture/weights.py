@@ -6,12 +6,14 @@ w: weights by domain, summing to 1; e: excess, how far a domain's loss is above 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import exp, fsum, inf, isfinite
+from math import exp, fsum, inf, isclose, isfinite
 from typing import Literal
 
 from shearling.errors import UserError, nearest, raise_all
 
 SUM_TOLERANCE = 1e-6
+SAME = 1e-12
+REMINDER = 10  # updates after which a reference that wasn't reached is mentioned, and again
 TINY = 1e-280  # no weight gets to 0, which it could never leave
 WARN_ABOVE = 0.9  # a share at which one domain is all that is trained on
 
@@ -41,6 +43,7 @@ class Mixture:
     weights: Mapping[str, float]
     excess: Mapping[str, float]
     updates: int = 0
+    reached: tuple[str, ...] = ()  # the domains that were at their reference once
 
     @classmethod
     def starting(cls, weights: Mapping[str, float]) -> "Mixture":
@@ -80,10 +83,10 @@ def updated(
     """
     notes = []
     excess = dict(mixture.excess)
-    seen = [domain for domain in mixture.start if _is_finite(losses.get(domain))]
+    seen = {d: loss for d in mixture.start if (loss := losses.get(d)) is not None and isfinite(loss)}
     for domain in mixture.start:
         if domain in seen:
-            now = max(float(losses[domain] or 0.0) - references[domain], 0.0)
+            now = max(seen[domain] - references[domain], 0.0)
             old = mixture.excess.get(domain, now)
             excess[domain] = rule.smoothing * old + (1 - rule.smoothing) * now
         else:
@@ -99,7 +102,10 @@ def updated(
         floors={domain: rule.floor * share for domain, share in mixture.start.items()},
         caps={domain: min(1.0, rule.cap * share) for domain, share in mixture.start.items()},
     )
-    after = replace(mixture, weights=weights, excess=excess, updates=mixture.updates + 1)
+    if all(isclose(weights[d], w, rel_tol=SAME) for d, w in mixture.weights.items()):
+        weights = mixture.weights  # to the bit, so that nobody takes rounding for a change
+    reached = tuple(d for d in mixture.start if d in mixture.reached or (d in seen and seen[d] <= references[d]))
+    after = replace(mixture, weights=weights, excess=excess, updates=mixture.updates + 1, reached=reached)
     return after, (*notes, *_remarks(after, rule))
 
 
@@ -131,6 +137,8 @@ def _remarks(mixture: Mixture, rule: Rule) -> list[str]:
     if rule.kind == "anchored" and not any(mixture.excess.values()):
         return ["every domain is at its reference: the mixture is the one it started with"]
     notes = []
+    if mixture.updates % REMINDER == 0 and (never := [d for d in mixture.start if d not in mixture.reached]):
+        notes.append(f"{', '.join(never)}: never at the reference in {mixture.updates} updates")
     for domain, weight in mixture.weights.items():
         start = mixture.start[domain]
         if weight <= rule.floor * start * (1 + 1e-9):
@@ -140,7 +148,3 @@ def _remarks(mixture: Mixture, rule: Rule) -> list[str]:
         if weight > WARN_ABOVE and start <= WARN_ABOVE:
             notes.append(f"{domain} has {weight:.0%} of every batch: little else is trained on")
     return notes
-
-
-def _is_finite(loss: float | None) -> bool:
-    return loss is not None and isfinite(loss)

@@ -40,6 +40,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"share": (0, 1), "share_end": (0, 1), "hidden": (0, None), "k": (1, None)})
+        named = [name for name in ("model", "cache", "dtype", "device") if getattr(self, name) is not None]
+        if named and not self.wanted:
+            raise ValueError(f"a share above 0 (or hidden) beside {', '.join(named)}")
 
     @property
     def wanted(self) -> bool:

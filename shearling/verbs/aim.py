@@ -79,9 +79,9 @@ def source_of(model: Source) -> tuple[Source | None, str]:
         return None, "no shearling.json says what this model was sheared from"
     name = origin["source"]["name"]
     try:
-        source = Source.open(name)
-    except UserError:
-        return None, f"its source, {name}, is gone"
+        source = Source.open(name, dtype="float32")  # in whatever dtype it says it is
+    except UserError as error:
+        return None, f"its source, {name}, is gone or can't be read ({error})"
     if source.fingerprint != origin["source"]["fingerprint"]:
         return None, f"its source, {name}, has changed since"
     return source, ""

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.train.step import State
 from shearling.verbs.aim import aimed, given, source_losses, source_of
-from shearling.verbs.session import Session, Watch, unwatched
+from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.weights.model import load_model, reader
@@ -49,16 +49,17 @@ class Healed:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase: what was asked, and the session made of it."""
+    """One phase: what was asked, the session made of it, and whether its mixture is the one of the whole section."""
 
     asked: Heal
     session: Session
+    same_mixture: bool
 
 
 def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatched) -> Healed:
     """Trains `model` on `data` and leaves the result as a model folder at `out`."""
     source = Source.open(model, dtype=asked.dtype)
-    phases = [_plan(phase, source, own or data) for phase, own in asked.each_phase()]
+    phases = [_plan(phase, source, own or data, same) for phase, own, same in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]
     own, why = source_of(source) if asked.teacher.wanted else (None, "")
     teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why)
@@ -69,20 +70,19 @@ def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatch
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
     source.check_finite()
-    phases = [PhasePlan(p.asked, _aimed(p, source)) for p in phases]
+    check_sums(phase.session.feed.store for phase in phases)
+    phases = [replace(p, session=_aimed(p, source)) for p in phases]
     for note in (note for phase in phases for note in phase.session.notes):
         log.info(note)
     with stage as folder:
         return Healing(source, phases, asked, teaching, folder, stage.out).run(watch)
 
 
-def _plan(asked: Heal, source: Source, data: str) -> PhasePlan:
+def _plan(asked: Heal, source: Source, data: str, same_mixture: bool) -> PhasePlan:
     budget = TOKENS_PER_PARAMETER * source.parameters
     store = Store.open(data)
-    return PhasePlan(
-        asked,
-        Session.plan(asked, source, store, default_tokens=budget, most_between_updates=STEPS_BETWEEN_UPDATES),
-    )
+    session = Session.plan(asked, source, store, default_tokens=budget, most_between_updates=STEPS_BETWEEN_UPDATES)
+    return PhasePlan(asked, session, same_mixture)
 
 
 def _aimed(phase: PhasePlan, source: Source) -> Session:
@@ -111,10 +111,12 @@ class Healing:
         optimizer, states = adamw(model.parameters(), lr=first.lr), []
         for number, phase in enumerate(self.phases):
             states.append(self.train(model, number, phase, states, optimizer, record, watch))
-        after = by_domain(first.measure(model))
-        record.write("held_out", step=states[-1].step, of="healed", **after)
         layers = tuple(range(source.shape["num_hidden_layers"]))
         source.save(self.folder, shape=source.shape, layers=layers, dtype=self.asked.dtype, tensor=reader(model))
+        del model, optimizer
+        # Of what was saved, which may have been rounded.
+        after = by_domain(first.measure(load_model(self.folder, device=first.device)))
+        record.write("held_out", step=states[-1].step, of="healed", **after)
         tokens = [0, *(state.tokens for state in states)]
         spent = [b - a for a, b in pairwise(tokens)]
         result = Healed(
@@ -146,13 +148,15 @@ class Healing:
             title = f"healing, phase {number + 1}"
             record.write("phase", number=number + 1, **session.describe())
         if before:
-            state = session.state(after=before[-1], last=self.phases[number - 1].session)
-        record.write("mixture", step=0, tokens=state.tokens, **session.describe_mixture())
+            last = self.phases[number - 1]
+            same = phase.same_mixture and last.same_mixture
+            state = session.state_after(before[-1], last.session, same_mixture=same)
+        record.write("mixture", step=0, tokens=state.tokens, **session.describe_mixture(state))
         for group in optimizer.param_groups:
             group["peak_lr"] = session.lr
         distilled = self.teaching.objective(session) if self.teaching else None
         with session.feed.reading() as reading:
-            return train(
+            state = train(
                 model,
                 settings=session.settings,
                 state=state,
@@ -165,6 +169,8 @@ class Healing:
                 log=record.write,
                 on_step=watch(title, session.settings.steps),
             )
+        warn_of_end(session, state)
+        return state
 
     def flops(self, session: Session, tokens: int) -> float:
         """Of so many tokens of a session, the teacher's forward passes included."""

@@ -23,7 +23,7 @@ from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
-from shearling.verbs.session import Session, Watch, unwatched
+from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.weights.model import load_model, reader
@@ -71,9 +71,10 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
     stage = Stage(Path(out), {**identity, **asked.identity(), **(teaching.identity() if teaching else {})})
     if stage.done:
         return _read_back(stage.out)
-    for note in notes:
+    for note in (*notes, *session.notes):
         log.info(note)
     source.check_finite()
+    check_sums([store])
     with stage as folder:
         return Pruning(source, target, session, asked, teaching, notes, folder, stage.out).run(watch)
 
@@ -171,9 +172,9 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        record.write("mixture", step=0, tokens=0, **session.describe_mixture())
+        record.write("mixture", step=0, tokens=0, **session.describe_mixture(session.state()))
         with session.feed.reading() as reading:
-            train(
+            state = train(
                 model,
                 settings=session.settings,
                 state=session.state(),
@@ -186,6 +187,7 @@ class Pruning:
                 log=record.write,
                 on_step=watch("learning masks", steps),
             )
+        warn_of_end(session, state)
         kept = gates.kept()
         misses = tuple(str(miss) for miss in gates.misses(kept))
         for miss in misses:
@@ -198,7 +200,9 @@ class Pruning:
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
         """What shearling.json says of the result."""
-        source = {"name": self.source.name, "fingerprint": self.source.fingerprint, "shape": dict(self.source.shape)}
+        folder = Path(self.source.name).expanduser()
+        name = str(folder.resolve()) if folder.exists() else self.source.name  # wherever it is asked for from
+        source = {"name": name, "fingerprint": self.source.fingerprint, "shape": dict(self.source.shape)}
         return {
             "format": "shearling-model",
             "version": 1,

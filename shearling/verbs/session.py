@@ -1,9 +1,10 @@
 """A training stage made ready: what the user left open chosen, once, from the model, the budget and the data."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite, log2
+from math import ceil, isfinite, log2
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from shearling.axes.count import flops_per_token
 from shearling.axes.shape import Shape
 from shearling.data.feed import Feed, by_size
+from shearling.data.files import is_remote
 from shearling.data.loader import bytes_per_token
 from shearling.data.store import Store
 from shearling.errors import UserError, nearest, raise_all
@@ -25,7 +27,10 @@ from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Settings, State
 from shearling.verbs.source import Source
 
+log = logging.getLogger(__name__)
+
 FORWARD_TOKENS = 8192  # tokens that go through the model at once
+WINDOWS_BETWEEN = 4  # of the smallest domain, between two updates of the mixture
 UPDATES = 20  # of the mixture in a run, where nobody asks for another number
 Watch = Callable[[str, int], Callable[[int, float, Mapping[str, float]], None]]  # (title, steps) -> train's on_step
 
@@ -88,7 +93,8 @@ class Session:
         )
         mixture = _starting(asked, store)
         session = cls(settings, feed, device, asked.lr or default_lr(source.parameters), asked.eval_windows, mixture)
-        every = asked.mixture.every or max(1, min(steps // UPDATES, most_between_updates))
+        often = max(min(steps // UPDATES, most_between_updates), _windows_apart(mixture, sequences))
+        every = asked.mixture.every or max(1, min(often, steps // 2))
         return replace(session, notes=session._end_notes(), steering=_unaimed(asked, every))
 
     def towards(self, references: Mapping[str, float] | None, said: str) -> "Session":
@@ -101,16 +107,22 @@ class Session:
         """What the mixture is to be steered by; None if it is to stay."""
         return self.steering.signal if self.steering else None
 
-    def state(self, *, after: State | None = None, last: "Session | None" = None) -> State:
-        """Before the first step; `after` a session that was `last`, where it left the data if it read the same."""
-        state = State(step=0, tokens=0, sampler=self.feed.start(), mixture=self.mixture)
-        if after is None or last is None:
-            return state
-        if (self.feed.store.digest, self.feed.seq_len) == (last.feed.store.digest, last.feed.seq_len):
-            state = replace(state, sampler=after.sampler)
-            if self.mixture == last.mixture:  # no weights of its own: it goes on with those that came out
-                state = replace(state, mixture=after.mixture)
-        return replace(state, tokens=after.tokens)
+    def state(self) -> State:
+        """Before the first step."""
+        return State(step=0, tokens=0, sampler=self.feed.start(), mixture=self.mixture)
+
+    def state_after(self, state: State, last: "Session", *, same_mixture: bool) -> State:
+        """Before the first step, `state` being what the session before ended in.
+
+        Where it read the same windows this one reads on; with the same mixture it goes on with what came out of it.
+        """
+        found = replace(self.state(), tokens=state.tokens)
+        if self.feed.store.digest == last.feed.store.digest:
+            if self.feed.seq_len == last.feed.seq_len:
+                found = replace(found, sampler=state.sampler)
+            if same_mixture:
+                found = replace(found, mixture=state.mixture)
+        return found
 
     def objective(self) -> Objective:
         return NextToken(len(self.settings.domains))
@@ -125,7 +137,7 @@ class Session:
                     f"held-out loss of {domain!r}",
                     found=figures.nats_per_token,
                     expected="a finite loss",
-                    change=f"lower --lr: it was {self.lr:.3g}, and training diverged",
+                    change=f"lower --lr if this came of training (it was {self.lr:.3g}), else look at the model",
                 )
                 for domain, figures in measured.items()
                 if not isfinite(figures.nats_per_token)
@@ -176,17 +188,17 @@ class Session:
             "seed": self.feed.seed,
         }
 
-    def describe_mixture(self) -> dict[str, Any]:
+    def describe_mixture(self, state: State) -> dict[str, Any]:
         """The mixture that the run starts with, and what will change it, for the record.
 
         `readings`: how often the run reads each domain if the weights stay.
         """
-        s = self.steering
+        s, weights = self.steering, state.mixture.weights
         return {
-            "weights": dict(self.mixture.weights),
+            "weights": dict(weights),
             "references": dict(s.references) if s else {},
             "steering": f"{s.rule.kind}, by {s.signal} losses, every {s.every} steps" if s else "constant",
-            "readings": self.feed.readings(self.mixture.weights, self.settings.steps),
+            "readings": self.feed.readings(weights, self.settings.steps),
             "notes": list(self.notes),
         }
 
@@ -215,6 +227,23 @@ class Session:
         )
 
 
+def check_sums(stores: Iterable[Store]) -> None:
+    """Reads every local store once. Raises UserError naming the files whose sums aren't the manifest's.
+
+    One at an address is read in place, so this would fetch all of it: `shearling data --verify` does.
+    """
+    for store in {store.digest: store for store in stores}.values():
+        if not is_remote(str(store.folder)):
+            store.verify()
+
+
+def warn_of_end(session: Session, state: State) -> None:
+    """Says so if the data ended before the last step."""
+    if state.step < session.settings.steps:
+        used_up = ", ".join(session.feed.used_up(state.sampler, state.mixture.weights))
+        log.warning("%s ended at step %d of %d, and the run with it", used_up, state.step, session.settings.steps)
+
+
 def choose_device(asked: str | None) -> str:
     """The device asked for, or the best one here. Raises UserError for one that isn't here."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -239,6 +268,11 @@ def _starting(asked: Training, store: Store) -> Mixture:
     if weights is not None:
         check_weights(weights, store.domains)
     return Mixture.starting({d: w for d in store.domains for w in [(weights or by_size(store))[d]]})
+
+
+def _windows_apart(mixture: Mixture, sequences: int) -> int:
+    """Steps in which the smallest domain has WINDOWS_BETWEEN windows: a change starts the counts anew."""
+    return ceil(WINDOWS_BETWEEN / (min(mixture.weights.values()) * sequences))
 
 
 def _unaimed(asked: Training, every: int) -> Steered | None:

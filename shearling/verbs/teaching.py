@@ -80,7 +80,7 @@ class Teaching:
 
     def identity(self) -> Mapping[str, Any]:
         """What a stage's identity has to have of it beside the options."""
-        return {"teacher": self.teacher.fingerprint}
+        return {"teacher": self.teacher.fingerprint, "cached": self.options.cache is not None}
 
     def _live(self, device: str) -> LiveTeacher:
         blocks, channels = (self.alignment.source, self.alignment.channels) if self.alignment else ((), None)

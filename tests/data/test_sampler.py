@@ -50,13 +50,42 @@ def test_a_change_starts_the_count_anew_and_keeps_what_was_drawn(before, data):
         assert [p.drawn for p in first + second if p.domain == name] == list(range(drawn))
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.lists(st.floats(1e-4, 1.0), min_size=5, max_size=5), min_size=2, max_size=12), st.integers(1, 40))
+def test_every_prefix_since_each_change_is_within_one_of_its_share(changes, count):
+    """Although each change begins with a window of the domain that is owed most, whose turn may be far off."""
+    state = SamplerState.start(NAMES[:5])
+    for shares in changes:
+        weights = dict(zip(NAMES, shares, strict=False))
+        positions, state = draw(state, weights, count)
+        if count < sum(state.since):
+            continue  # the same proportions again
+        assert_even([position.domain for position in positions], weights)
+
+
+def test_frequent_changes_do_not_starve_a_small_domain():
+    """Half a window between two changes, so none by its deadline in any: it has more than half of its share still."""
+    state, share = SamplerState.start(NAMES[:3]), 0.0
+    for number in range(100):
+        weights = {"d0": 0.6 + 0.001 * (number % 2), "d1": 0.37, "d2": 0.03}
+        _, state = draw(state, weights, 16)
+        share += 16 * 0.03 / sum(weights.values())
+    assert state.drawn[2] > 0.5 * share
+
+
 def test_proportions_in_the_same_ratio_are_no_change():
     one, state = draw(SamplerState.start("ab"), {"a": 1, "b": 3}, 3)
     two, state = draw(state, {"b": 0.75, "a": 0.25}, 5)
     whole, end = draw(SamplerState.start("ab"), {"a": 1, "b": 3}, 8)
     assert (one + two, state) == (whole, end)
-    assert state == SamplerState(("a", "b"), (2, 6), (2, 6), (1, 3))
-    assert asdict(state) == {"domains": ("a", "b"), "drawn": (2, 6), "since": (2, 6), "weights": (1, 3)}
+    assert state == SamplerState(("a", "b"), (2, 6), (2, 6), (1, 3), (0.0, 0.0))
+    assert asdict(state) == {
+        "domains": ("a", "b"),
+        "drawn": (2, 6),
+        "since": (2, 6),
+        "weights": (1, 3),
+        "owed": (0.0, 0.0),
+    }
 
 
 def test_far_apart_proportions_stay_exact():

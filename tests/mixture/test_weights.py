@@ -67,7 +67,7 @@ rules = st.builds(
     kind=st.sampled_from(["paper", "anchored"]),
     eta=st.floats(0.0, 20.0),
     smoothing=st.floats(0.0, 0.95),
-    floor=st.floats(0.0, 1.0),
+    floor=st.floats(0.0, 0.9),
     cap=st.floats(1.0, 100.0),
 )
 
@@ -169,6 +169,30 @@ def test_what_the_record_says_of_a_change():
         "every domain is at its reference: the mixture is the one it started with",
         "the weights stay as they are",
     ]
+
+
+def test_a_domain_gains_of_what_another_gives_back_and_the_record_says_so():
+    steered = Steered(Rule("anchored", 1.0, 0.0, **FREE), REFERENCES, "held_out", 10)
+    first, _ = steered(Mixture.starting(START), {"held_out": {"a": 1.0, "b": 1.0, "c": 5.0}})
+    _, said = steered(first, {"held_out": {"a": 1.0, "b": 1.0, "c": 3.5}})
+    assert said["notes"][-1].startswith("a goes from ")
+    assert said["notes"][-1].endswith("of what c gives back: that is 0.500 above its reference by now")
+
+
+def test_a_reference_that_was_never_reached_is_mentioned():
+    mixture, notes = Mixture.starting(START), ()
+    for _ in range(10):
+        mixture, notes = updated(
+            mixture, RULES["anchored"], losses={"a": 1.9, "b": 1.5, "c": 9.0}, references=REFERENCES
+        )
+    assert notes[0] == "b, c: never at the reference in 10 updates"
+    assert mixture.reached == ("a",)
+
+
+def test_nothing_new_leaves_the_very_weights():
+    start = {"a": 0.1, "b": 0.2, "c": 0.7}
+    after, _ = updated(Mixture.starting(start), RULES["anchored"], losses=REFERENCES, references=REFERENCES)
+    assert after.weights == start
 
 
 def test_signals_are_what_the_loop_calls_them():

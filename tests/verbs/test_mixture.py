@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from shearling import record
+from shearling.data.store import Store
 from shearling.errors import UserError
 from shearling.recipe import Data, load_recipe, validated
+from shearling.report.run_page import write_run_page
 from shearling.run import run
 from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
@@ -116,7 +118,7 @@ def test_without_its_source_a_mixture_stays_and_says_so(tmp_path, cut, store_fol
     heal(str(orphan), data=str(store_folder), out=str(tmp_path / "healed"), asked=ask_heal(**asked))
     (start,) = changes(tmp_path / "healed")
     assert start["steering"] == "constant"
-    assert any("is gone, so the mixture stays as it is (--reference gives" in note for note in start["notes"])
+    assert any("so the mixture stays as it is (--reference gives" in note for note in start["notes"])
     with pytest.raises(UserError, match=r"mixture: found no references: its source.*is gone.*give --reference"):
         dynamic = ask_heal(**asked, mixture={"schedule": "dynamic"})
         heal(str(orphan), data=str(store_folder), out=str(tmp_path / "other"), asked=dynamic)
@@ -159,6 +161,62 @@ def test_phases_go_on_where_the_last_one_stopped(tmp_path, cut, store_folder, as
     assert starts[1]["weights"]["code"] == 0.5
 
 
+def test_a_phase_goes_on_with_the_mixture_that_came_out_unless_it_has_its_own(tmp_path, cut, store_folder, ask_heal):
+    mixture = {"every": 1, "reference": {"code": 1.0, "prose": 9.0, "sums": 9.0}}
+    phases = [{"steps": 3}, {"steps": 2}, {"steps": 2, "mixture": {"schedule": "proportional"}}]
+    asked = ask_heal(steps=None, phases=phases, mixture=mixture)
+    heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
+    found = changes(tmp_path / "healed")
+    first, second, third = [number for number, change in enumerate(found) if change["step"] == 0]
+    assert found[second]["weights"] == found[second - 1]["weights"] != found[first]["weights"]
+    assert found[third]["weights"] == found[first]["weights"]
+    assert found[third]["steering"] == "constant"
+
+
+def test_a_last_phase_on_data_of_its_own(tmp_path, cut, store_folder, model_folder, ask_heal, texts):
+    """Other domains, such as conversations, and a page that shows both."""
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "part.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts["prose"]))
+    own = validated(Data, {"inputs": [str(tmp_path / "chat")], "held_out": 0.2})
+    make_store(own, tokenizer=str(model_folder), out=str(tmp_path / "store"))
+    phases = [{"steps": 4}, {"steps": 2, "data": str(tmp_path / "store")}]
+    asked = ask_heal(steps=None, phases=phases, mixture={"every": 2})
+    healed = heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
+    assert set(healed.losses) == {"code", "prose", "sums"}
+    assert changes(tmp_path / "healed")[-1]["weights"] == {"chat": 1.0}
+    folders = {"prune": cut.out, "heal": healed.out}
+    page = write_run_page(tmp_path / "page.html", title="Two phases", folders=folders).read_text()
+    assert "Mixture of the data: heal" in page
+    assert "chat" in page
+
+
+def test_the_datas_end_is_told(tmp_path, cut, store_folder, ask_heal, caplog):
+    """Weights that move can use a domain up before it was foretold."""
+    store = Store.open(store_folder)
+    windows = store.window_count("sums", "train", 32)
+    mixture = {
+        "every": 1,
+        "weights": {"code": 0.6, "prose": 0.35, "sums": 0.05},
+        "reference": {"code": 9.0, "prose": 9.0, "sums": 0.5},
+        "eta": 5.0,
+    }
+    asked = ask_heal(steps=windows, repeats={"sums": 1}, mixture=mixture, eval_windows=1)
+    healed = heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
+    assert healed.tokens < windows * 128
+    assert f"sums ended at step {healed.tokens // 128} of {windows}, and the run with it" in caplog.text
+
+
+def test_a_shard_with_a_wrong_sum_trains_nothing(tmp_path, cut, store_folder, ask_heal):
+    store = Path(shutil.copytree(store_folder, tmp_path / "store"))
+    (shard, *_) = sorted(store.glob("code/train-*.tokens"))
+    raw = bytearray(shard.read_bytes())
+    raw[100] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=rf"{shard}: found sha256"):
+        heal(str(cut.out), data=str(store), out=str(tmp_path / "healed"), asked=ask_heal())
+    assert not (tmp_path / "healed").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -166,6 +224,8 @@ def test_phases_go_on_where_the_last_one_stopped(tmp_path, cut, store_folder, as
         ({"phases": [{"steps": 2, "tokens": 3}]}, ["phases.0", "one of them"]),
         ({"steps": 4, "phases": [{"steps": 2}]}, ["a budget beside phases"]),
         ({"phases": [{"steps": 2, "lrr": 2}]}, ["phases.0.lrr", "did you mean 'lr'"]),
+        ({"phases": [{"steps": 2}, {"steps": 2, "mixture": {"signal": "teacher_kl"}}]}, ["teacher_kl, no teacher"]),
+        ({"phases": [{"steps": 2}, {"steps": 2, "schedule": "cosine"}]}, ["cosine in phases; expected trapezoid"]),
     ],
 )
 def test_phases_that_do_not_fit(ask_heal, options, parts):
@@ -218,3 +278,7 @@ def test_a_teacher_that_is_gone_is_asked_for(tmp_path, model_folder, store_folde
         ask_heal(mixture={"signal": "teacher_kl"})
     with pytest.raises(UserError, match=r"teacher.hidden: found it with compile"):
         ask_heal(teacher={"hidden": 0.5}, compile=True)
+    with pytest.raises(UserError, match=r"teacher: .*a share above 0 \(or hidden\) beside model"):
+        ask_heal(teacher={"model": "big"})
+    with pytest.raises(UserError, match=r"mixture: found a reference beside teacher_kl"):
+        ask_heal(teacher={"share": 0.5}, mixture={"signal": "teacher_kl", "reference": {"code": 1.0}})
