@@ -97,8 +97,10 @@ def compare(
         return prune(str(source.out), data=str(work / "store"), out=str(folder / name), asked=checked, watch=watched)
 
     def trained(model: Path, name: str, steps: int, rate: str, warmup: float) -> Healed:
-        lr = rates[rate]
-        return _train(work, model, folder / name, steps=steps, lr=lr, warmup=warmup, seed=seed, watch=watch)
+        # All arms follow the source's losses, from scratch too; asked when they are measured anyway.
+        mixture = {"reference": dict(source.losses), "every": max(1, steps // 10)}
+        options = {"lr": rates[rate], "warmup": warmup, "mixture": mixture}
+        return _train(work, model, folder / name, steps=steps, seed=seed, watch=watch, **options)
 
     pruned = cut("pruned", "masks")
     healed = trained(pruned.out, "healed", HEAL_STEPS, "masks", 0.03)
@@ -117,10 +119,8 @@ def compare(
     return Comparison(**found, samples={arm.label: _sample(arm.folder) for arm in found.values()})
 
 
-def _train(
-    work: Path, model: Path, out: Path, *, steps: int, lr: float, warmup: float, seed: int, watch: Watch
-) -> Healed:
-    asked = validated(Heal, {**_common(seed), "steps": steps, "lr": lr, "warmup": warmup})
+def _train(work: Path, model: Path, out: Path, *, steps: int, seed: int, watch: Watch, **options: Any) -> Healed:
+    asked = validated(Heal, {**_common(seed), "steps": steps, **options})
     return heal(str(model), data=str(work / "store"), out=str(out), asked=asked, watch=_titled(watch, out.name))
 
 
