@@ -79,7 +79,7 @@ def test_what_is_kept_is_where_every_mask_is_open(cut: tuple[Kept, Shape], dim: 
         assert [i for i, stay in enumerate(stays) if stay] == (list(range(len(stays))) if rows is None else rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cuts(), st.sampled_from(MODEL_TYPES), st.booleans(), st.booleans())
 def test_expected_size_at_0_and_1_is_the_count_of_the_cut(
     cut: tuple[Kept, Shape], model_type: str, tied: bool, biases: bool

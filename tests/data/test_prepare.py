@@ -234,7 +234,7 @@ def test_a_full_disk_keeps_what_is_finished(make, tmp_path, small_shards, monkey
 # Held-out documents
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=6),
     st.sampled_from([1e-9, 0.01, 0.3, 0.5, 0.999999]),

@@ -25,7 +25,6 @@ def assert_even(picks, weights):
             assert abs(counts[other] - Fraction(weight) / total * n) < 1
 
 
-@settings(deadline=None)
 @given(proportions, st.lists(st.integers(0, 60), min_size=1, max_size=4))
 def test_every_prefix_is_within_one_of_its_share(weights, batches):
     state = SamplerState.start(list(weights))
@@ -39,7 +38,7 @@ def test_every_prefix_is_within_one_of_its_share(weights, batches):
     assert state == end or not picks
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(proportions, st.data())
 def test_a_change_starts_the_count_anew_and_keeps_what_was_drawn(before, data):
     after = {name: data.draw(st.floats(0.01, 1.0)) for name in before}
@@ -50,7 +49,7 @@ def test_a_change_starts_the_count_anew_and_keeps_what_was_drawn(before, data):
         assert [p.drawn for p in first + second if p.domain == name] == list(range(drawn))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.floats(1e-4, 1.0), min_size=5, max_size=5), min_size=2, max_size=12), st.integers(1, 40))
 def test_every_prefix_since_each_change_is_within_one_of_its_share(changes, count):
     """Although each change begins with a window of the domain that is owed most, whose turn may be far off."""
@@ -122,7 +121,7 @@ def test_the_permutation_is_a_bijection():
         assert sorted(permuted(index, count, key_of(0, "d", 0)) for index in range(count)) == list(range(count))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 1 << 64), st.data())
 def test_the_permutation_stays_inside_any_count(count, data):
     index = data.draw(st.integers(0, count - 1))

@@ -41,7 +41,7 @@ def test_what_is_written_is_read(tmp_path):
     assert store.verify() == 6
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=5),
     st.integers(1, 7),

@@ -93,7 +93,7 @@ def cases(draw: Any) -> tuple[Small, Shape, int]:
     return made, target, draw(st.integers(0, 1000))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_masked_equals_cut_on_random_models(case: tuple[Small, Shape, int]) -> None:
     made, target, seed = case

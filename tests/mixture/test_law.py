@@ -52,7 +52,7 @@ laws = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(laws, st.lists(st.floats(1.3, 4), min_size=2, max_size=6), st.floats(0.3, 3))
 def test_a_law_comes_back_from_its_points(law, ratios, share):
     sizes = [1e8]

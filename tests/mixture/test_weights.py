@@ -88,7 +88,7 @@ def cases(draw_losses):
 any_loss = st.one_of(st.floats(-50.0, 50.0), st.just(None), st.sampled_from([nan, inf, -inf]), st.floats(0, 1e300))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(cases(any_loss), rules)
 def test_weights_sum_to_one_within_their_bounds_whatever_the_losses(case, rule):
     start, references, losses = case
@@ -101,7 +101,7 @@ def test_weights_sum_to_one_within_their_bounds_whatever_the_losses(case, rule):
             assert weight <= min(1.0, rule.cap * start[domain]) * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases(st.floats(-20.0, 20.0)), rules, st.randoms(use_true_random=False))
 def test_the_order_of_domains_changes_nothing(case, rule, shuffle: random.Random):
     start, references, losses = case
@@ -114,7 +114,7 @@ def test_the_order_of_domains_changes_nothing(case, rule, shuffle: random.Random
     assert one.weights == two.weights
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases(st.just(0.0)), rules, st.floats(0.0, 5.0))
 def test_equal_excess_leaves_the_weights_as_they_are(case, rule, excess):
     start, references, updates = case
