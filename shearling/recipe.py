@@ -16,6 +16,7 @@ from shearling.mixture.options import Options as Mixture
 from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
+BRANCH = re.compile(r"(dict|list)\[.*|constrained-\w+|str|int|float")  # what pydantic calls the branches of a union
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -253,7 +254,10 @@ def validated(kind: type[S], values: Mapping[str, Any], *, under: str = "") -> S
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise_all([_explain(kind, detail, under) for detail in error.errors()])
+        told = [_explain(kind, detail, under) for detail in error.errors()]
+        raise_all(
+            list({str(one).partition(": found")[0]: one for one in told}.values())
+        )  # all of a union's branches do
         raise
 
 
@@ -328,7 +332,7 @@ def _explain(kind: type[BaseModel], detail: Any, under: str) -> UserError:
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return cause
-    path = [str(part) for part in detail["loc"]]
+    path = [str(part) for part in detail["loc"] if not BRANCH.fullmatch(str(part))]
     where, last = under + ".".join(path), path[-1]
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return UserError(

@@ -119,9 +119,9 @@ class Pruning:
         misses, flops, read = (), 0.0, source.read
         if self.asked.method == "masks" and self.target != source.shape:
             aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
-            cut, misses = replace(self, session=aim).learn(model, importance, record, watch)
-            taught = self.teaching.flops(session, session.tokens) if self.teaching else 0.0
-            flops, read = session.flops(source, source.shape, tokens=session.tokens) + taught, reader(model)
+            cut, misses, tokens = replace(self, session=aim).learn(model, importance, record, watch)
+            taught = self.teaching.flops(session, tokens) if self.teaching else 0.0
+            flops, read = session.flops(source, source.shape, tokens=tokens) + taught, reader(model)
         else:
             cut = self.score(importance)
             del model
@@ -156,8 +156,13 @@ class Pruning:
         scales = importance.norm_scales(kept)
         return Cut(self.source.family, self.source.config, self.target, kept, norm_scales=scales)
 
-    def learn(self, model: Any, importance: Importance, record: Record, watch: Watch) -> tuple[Cut, tuple[str, ...]]:
-        """Trains masks and weights together; the model ends as its own modules with the trained weights."""
+    def learn(
+        self, model: Any, importance: Importance, record: Record, watch: Watch
+    ) -> tuple[Cut, tuple[str, ...], int]:
+        """Trains masks and weights together: the cut, what missed its target, and the tokens that it took.
+
+        The model ends as its own modules with the trained weights.
+        """
         source, session, steps = self.source, self.session, self.session.settings.steps
         options, seed = self.asked.masks, self.asked.seed
         gates = make_gates(
@@ -196,7 +201,7 @@ class Pruning:
         record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         attached.remove()
-        return Cut(source.family, source.config, self.target, kept, masks=masks), misses
+        return Cut(source.family, source.config, self.target, kept, masks=masks), misses, state.tokens
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
         """What shearling.json says of the result."""

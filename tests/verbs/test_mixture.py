@@ -221,6 +221,8 @@ def test_a_shard_with_a_wrong_sum_trains_nothing(tmp_path, cut, store_folder, as
     ("options", "parts"),
     [
         ({"phases": [{"lr": 1e-3}]}, ["phases.0", "a budget of its own"]),
+        ({"repeats": {"code": 0}}, ["repeats.code: found 0; expected greater than 0; change code"]),
+        ({"repeats": 0}, ["repeats: found 0; expected greater than 0"]),
         ({"phases": [{"steps": 2, "tokens": 3}]}, ["phases.0", "one of them"]),
         ({"steps": 4, "phases": [{"steps": 2}]}, ["a budget beside phases"]),
         ({"phases": [{"steps": 2, "lrr": 2}]}, ["phases.0.lrr", "did you mean 'lr'"]),
@@ -228,7 +230,7 @@ def test_a_shard_with_a_wrong_sum_trains_nothing(tmp_path, cut, store_folder, as
         ({"phases": [{"steps": 2}, {"steps": 2, "schedule": "cosine"}]}, ["cosine in phases; expected trapezoid"]),
     ],
 )
-def test_phases_that_do_not_fit(ask_heal, options, parts):
+def test_phases_and_repeats_that_do_not_fit(ask_heal, options, parts):
     with pytest.raises(UserError) as caught:
         ask_heal(**{"steps": None, **options})
     for part in parts:
