@@ -11,10 +11,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 demo: .venv/ready
 	$(BIN)/shearling demo --out demo
 
-test: .venv/ready
+test: .venv/tools
 	$(PYTEST)
 
-check: .venv/ready
+check: .venv/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -23,6 +23,10 @@ check: .venv/ready
 .venv/ready: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e .
+	@touch $@
+
+.venv/tools: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
