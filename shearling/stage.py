@@ -75,7 +75,7 @@ class Stage:
             if kind is None:
                 _sync_tree(self.partial)
                 os.rename(self.partial, self.out)
-                _sync(self.out.parent)
+                sync(self.out.parent)
             elif self.discard and issubclass(kind, self.discard) and not self.resumable(self.partial):
                 shutil.rmtree(self.partial)
 
@@ -249,11 +249,12 @@ def _sync_tree(folder: Path) -> None:
         for name in files:
             path = Path(parent, name)
             if path.is_file() and not path.is_symlink():
-                _sync(path)
-        _sync(Path(parent))
+                sync(path)
+        sync(Path(parent))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has what was written to a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 
 from shearling.data.loader import bytes_per_token
 from shearling.errors import UserError
-from shearling.loss.held_out import held_out_losses
 from shearling.mixture.options import Options
 from shearling.verbs.reference import load_reference
 from shearling.verbs.session import Session
@@ -68,8 +67,7 @@ def source_losses(model: Source, session: Session) -> tuple[Mapping[str, float] 
     if source is None:
         return None, why
     loaded = load_model(source.folder, device=session.device)
-    windows = session.feed.held_out(limit=session.eval_windows, sequences=session.settings.micro_sequences)
-    return held_out_losses(loaded, windows), f"the losses of {source.name}, measured now"
+    return session.losses(loaded), f"the losses of {source.name}, measured now"
 
 
 def source_of(model: Source) -> tuple[Source | None, str]:

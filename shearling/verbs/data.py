@@ -17,7 +17,7 @@ from shearling.data.summary import DomainSummary, summarise
 from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
 from shearling.recipe import Data, Inspect
-from shearling.stage import Stage, locked
+from shearling.stage import Stage, locked, sync
 from shearling.weights.config import check_code
 from shearling.weights.folder import resolve
 
@@ -148,9 +148,9 @@ def _join(more: Path, store: Path, before: Manifest) -> None:
         for name in new:
             (store / domain / name).unlink(missing_ok=True)  # from a call that was killed here
             _link(more / domain / name, store / domain / name)
-        _sync(store / domain)
+        sync(store / domain)
     manifest.write(store)
-    _sync(store)
+    sync(store)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -158,15 +158,7 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-        _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(target)
 
 
 def _reading(asked: Data) -> Reading:

@@ -60,7 +60,7 @@ class Session:
     def plan(
         cls, asked: Training, source: Source, store: Store, *, default_tokens: int, most_between_updates: int
     ) -> "Session":
-        """Fills in what `asked` leaves open; the mixture is steered once `steered` has said towards what."""
+        """Fills in what `asked` leaves open; the mixture is steered once `towards` has said what by."""
         source.check_store(store)
         device = choose_device(asked.device)
         seq_len = asked.seq_len or source.seq_len()
