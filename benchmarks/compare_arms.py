@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shearling.arch.config import config_at
 from shearling.axes.count import flops_per_token
-from shearling.axes.shape import resolve_target
+from shearling.axes.target import resolve_target
 from shearling.recipe import Data, Prune, Recipe, load_recipe
 from shearling.record import versions
 from shearling.verbs.data import make_store
@@ -47,7 +47,10 @@ class Comparison:
     def equal_steps(self) -> int:
         """Healing steps that cost what the recipe's pruning and healing steps do."""
         context = (self.heal_settings.seq_len or 2048) // 2
-        costs = [flops_per_token(self.source.family, s, context=context) for s in (self.source.shape, self.target)]
+        costs = [
+            flops_per_token(self.source.family, self.source.config, s, context=context)
+            for s in (self.source.shape, self.target)
+        ]
         assert self.recipe.prune.batch_tokens == self.heal_settings.batch_tokens
         return round((self.heal_settings.steps or 0) + (self.recipe.prune.steps or 0) * costs[0] / costs[1])
 

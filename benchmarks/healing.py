@@ -71,7 +71,7 @@ class Comparison:
         """FLOPs of a distilled step over those of a plain one."""
         context = (self.healing.seq_len or 2048) // 2
         teacher, student = (Source.open(model) for model in (self.recipe.model, str(self.cut.out)))
-        forward = [flops_per_token(model.family, model.shape, context=context) for model in (teacher, student)]
+        forward = [flops_per_token(model.family, model.config, context=context) for model in (teacher, student)]
         return 1 + forward[0] / (3 * forward[1])
 
     def run(self, arm: str, *, rate: float, seed: int) -> dict[str, Any]:

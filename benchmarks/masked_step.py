@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shearling.arch import family_of
 from shearling.axes.axis import MASKABLE, mask_shape
-from shearling.axes.shape import resolve_target, shape_of
+from shearling.axes.shape import shape_of
+from shearling.axes.target import resolve_target
 from shearling.loss.cross_entropy import next_token_loss
 from shearling.masks.attach import Attached
 from shearling.masks.learned import LearnedMasks

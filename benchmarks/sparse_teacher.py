@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from shearling.axes.index import select
-from shearling.axes.shape import resolve_target
+from shearling.axes.target import resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import measure
 from shearling.data.feed import Feed

@@ -20,8 +20,8 @@ import torch
 from shearling.arch.config import config_at
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.index import select
-from shearling.axes.shape import resolve_target
 from shearling.axes.spec import Tensor as Row
+from shearling.axes.target import resolve_target
 from shearling.cut.extract import Cut
 from shearling.record import versions
 from shearling.verbs.source import Source
@@ -81,11 +81,10 @@ def make_source(folder: Path) -> Source:
         (folder / "config.json").write_text(json.dumps(CONFIG))
         from shearling.arch import family_of
         from shearling.axes.shape import shape_of
-        from shearling.axes.spec import named
 
         family = family_of(CONFIG)
         sizes = shape_of(family, CONFIG).axes
-        rows = {row.at(layer): row for row, layer in named(family.present(CONFIG), sizes["layer"])}
+        rows = {row.at(layer): row for row, layer in family.named(CONFIG)}
         shapes = {name: tuple(dim.size(sizes) for dim in row.dims) for name, row in rows.items()}
         entries = [Entry(name, "BF16", shape) for name, shape in shapes.items()]
         write(folder, entries, lambda name: torch.randn(shapes[name]).to(torch.bfloat16), shard_bytes=1 << 40)

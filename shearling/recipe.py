@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from shearling.axes.shape import parse_target
+from shearling.axes.target import parse_target
 from shearling.errors import UserError, nearest, raise_all
 from shearling.masks.options import PAPER, Options
 from shearling.mixture.options import Options as Mixture

@@ -108,8 +108,8 @@ def test_usage_errors_end_with_2(monkeypatch, capsys, words):
     [
         (["inspect", "absent"], "error: model absent: found neither a local folder nor a Hub id; expected a folder,"),
         (
-            ["prune", "m", "--to", "hiden_size=48", "--data", "d", "--out", "o"],
-            "error: target: found 'hiden_size'; expected a size of the model; did you mean 'hidden_size'?\n",
+            ["prune", "m", "--to", "hidden_size=big", "--data", "d", "--out", "o"],
+            "error: target hidden_size: found 'big'; expected a whole number; write hidden_size=N\n",
         ),
         (
             ["prune", "m", "--to", "hidden_size=48", "--data", "d", "--out", "o", "--method", "magic"],
@@ -195,7 +195,7 @@ def test_data_counts_what_it_stored(stored):
 def test_three_mistakes_as_commands(workplace, stored):
     prune = ["prune", "model", "--data", "store", "--out", "never", "--seq-len", 16]
     mistakes = [
-        ([*prune, "--to", "hiden_size=24"], "target: found 'hiden_size'; expected a size of the model; did you mean"),
+        ([*prune, "--to", "hiden_size=24"], "target: found 'hiden_size'; expected a size of a Llama: hidden_size,"),
         (
             [*prune, "--to", "hidden_size=30"],
             "target hidden_size: found 30 with num_attention_heads=4; expected a mult",

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from shearling.axes.shape import KEYS, Shape
-from shearling.axes.spec import Family, LayerRule
-from shearling.errors import UserError
+from shearling.axes.shape import Shape
+from shearling.axes.spec import Family
 
 
 def config_at(
@@ -18,37 +17,20 @@ def config_at(
     """
     result = dict(config)
     for rule in family.layer_rules:
-        spelled = layer_list(family, config, rule)
-        if spelled is not None and list(layers) != list(range(len(spelled))):
-            result[rule.key] = [spelled[layer] for layer in layers]
-    for key in KEYS:
-        if key in config or family.setting(result, key) != shape[key]:
-            result[key] = shape[key]
+        words = rule.words(config, lambda key: family.setting(config, key))
+        if words is not None and list(layers) != list(range(len(words))):
+            result |= rule.written(words, layers)
+    for name, size in shape.items():
+        key = family.key(config, name)
+        if key in config or family.setting(result, name) != size:
+            result[key] = size
     # A head_dim that was hidden_size / num_attention_heads need not be so any more.
-    if family.setting({**result, "head_dim": None}, "head_dim") != shape["head_dim"]:
+    if "head_dim" in shape and family.setting({**result, "head_dim": None}, "head_dim") != shape["head_dim"]:
         result["head_dim"] = shape["head_dim"]
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
     if dtype_key in config or dtype != "float32":
         result[dtype_key] = dtype
     return result
-
-
-def layer_list(family: Family, config: Mapping[str, Any], rule: LayerRule) -> list[Any] | None:
-    """A per-layer list of the config, spelled out; None where all layers are alike anyway.
-
-    Raises UserError for a list that is not one entry a layer.
-    """
-    if config.get(rule.key) is not None:
-        found, layers = list(config[rule.key]), config["num_hidden_layers"]
-        if len(found) != layers:
-            change = "mend config.json"
-            raise UserError(rule.key, found=f"{len(found)} entries", expected=f"{layers}, one a layer", change=change)
-        return found
-    no_window = config.get(rule.window, ...) is None
-    if no_window or not family.setting(config, rule.flag):
-        return None
-    start = family.setting(config, rule.start)
-    return [rule.above if layer >= start else rule.below for layer in range(config["num_hidden_layers"])]
 
 
 def max_positions(config: Mapping[str, Any]) -> int:

@@ -6,12 +6,11 @@ RMS = Normalisation(eps_attribute="variance_epsilon", eps_key="rms_norm_eps")
 
 # The upper layers attend through a sliding window, if any do.
 WINDOWS = LayerRule(
-    key="layer_types",
-    flag="use_sliding_window",
-    start="max_window_layers",
-    window="sliding_window",
-    below="full_attention",
-    above="sliding_attention",
+    "layer_types",
+    at="from max_window_layers",
+    then="sliding_attention",
+    otherwise="full_attention",
+    needs=("use_sliding_window", "sliding_window"),
 )
 
 QWEN2 = Family(
@@ -43,10 +42,11 @@ QWEN2 = Family(
         "head_dim": "hidden_size / num_attention_heads",
         "tie_word_embeddings": False,
         "use_sliding_window": False,
+        "sliding_window": 4096,
         "max_window_layers": 28,
         "rms_norm_eps": 1e-6,
     },
-    nulls={"num_key_value_heads": "num_attention_heads"},
+    nulls={"num_key_value_heads": "num_attention_heads", "sliding_window": None},
     layer_rules=(WINDOWS,),
 )
 
@@ -82,9 +82,10 @@ QWEN3 = Family(
         "attention_bias": False,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
+        "sliding_window": 4096,
         "max_window_layers": 28,
         "rms_norm_eps": 1e-6,
     },
-    nulls={"num_key_value_heads": "num_attention_heads"},
+    nulls={"num_key_value_heads": "num_attention_heads", "sliding_window": None},
     layer_rules=(WINDOWS,),
 )

@@ -1,6 +1,6 @@
 """Named axes, and dims built from them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -26,6 +26,9 @@ AXES: dict[str, Axis] = {
         Axis("group", within=("layer", "kv_head")),
         Axis("head_dim"),
         Axis("intermediate", within=("layer",)),
+        Axis("expert", within=("layer",)),
+        Axis("moe_intermediate", within=("layer", "expert")),
+        Axis("shared_intermediate", within=("layer",)),
     )
 }
 
@@ -35,15 +38,18 @@ MASKABLE = ("hidden", "layer", "kv_head", "group", "intermediate")
 
 @dataclass(frozen=True)
 class Dim:
-    """A tensor's dimension: a sum of products of axes and constants; row-major, one product after another."""
+    """A tensor's dimension: a sum of products of axes and constants; row-major, one product after another.
+
+    A word that is no axis is a size of one family's that is never cut (Family.fixed).
+    """
 
     products: tuple[tuple[str | int, ...], ...]
 
     @classmethod
-    def parse(cls, text: str) -> "Dim":
-        """`kv_head*group*head_dim + 2*kv_head*head_dim`. Raises ValueError for a word that is no axis."""
+    def parse(cls, text: str, fixed: Collection[str] = ()) -> "Dim":
+        """`kv_head*group*head_dim + 2*kv_head*head_dim`. Raises ValueError for a word neither an axis nor `fixed`."""
         products = tuple(
-            tuple(int(word) if word.isdigit() else _known(word) for word in term.strip().split("*"))
+            tuple(int(word) if word.isdigit() else _known(word, fixed) for word in term.strip().split("*"))
             for term in text.split("+")
         )
         return cls(products)
@@ -54,15 +60,15 @@ class Dim:
 
     def axes(self) -> tuple[str, ...]:
         """The axes it is built from, each once, in order of appearance."""
-        return tuple(dict.fromkeys(f for product in self.products for f in product if isinstance(f, str)))
+        return tuple(dict.fromkeys(f for product in self.products for f in product if f in AXES))
 
     def __str__(self) -> str:
         return " + ".join("*".join(map(str, product)) for product in self.products)
 
 
-def _known(word: str) -> str:
-    if word not in AXES:
-        raise ValueError(f"{word!r} is not an axis; axes: {', '.join(AXES)}")
+def _known(word: str, fixed: Collection[str]) -> str:
+    if word not in AXES and word not in fixed:
+        raise ValueError(f"{word!r} is not an axis; axes: {', '.join([*AXES, *fixed])}")
     return word
 
 

@@ -22,6 +22,6 @@ def memory_bytes(
     return {
         "weights_float32_bytes": count * BYTES["float32"],
         "weights_bfloat16_bytes": count * BYTES["bfloat16"],
-        "kv_cache_bfloat16_bytes": cache_bytes_per_token(family, shape) * context,
+        "kv_cache_bfloat16_bytes": cache_bytes_per_token(family, config, shape) * context,
         "training_adamw_bytes": count * TRAINING_BYTES_PER_PARAMETER,
     }

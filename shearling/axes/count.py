@@ -9,21 +9,16 @@ from typing import Any
 
 from shearling.axes.axis import AXES, Dim
 from shearling.axes.shape import Shape, shape_of
-from shearling.axes.spec import Family, Tensor
+from shearling.axes.spec import Family
+from shearling.axes.table import Tensor
 
 # Keep probabilities along an axis: nested as its mask is, [*within, size].
 Probabilities = Mapping[str, Sequence[Any]]
 
 
-def entries(tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    """Parameters in one row of the table, over all layers."""
-    return prod(tensor.shape(sizes)) * (sizes["layer"] if tensor.per_layer else 1)
-
-
 def parameters(family: Family, config: Mapping[str, Any], shape: Shape | None = None) -> int:
     """Parameters of a model with this config; of the same config at another shape, if one is given."""
-    sizes = (shape or shape_of(family, config)).axes
-    return sum(entries(tensor, sizes) for tensor in family.present(config))
+    return sum(parameters_by_group(family, config, shape).values())
 
 
 def parameters_by_group(family: Family, config: Mapping[str, Any], shape: Shape | None = None) -> dict[str, int]:
@@ -31,26 +26,47 @@ def parameters_by_group(family: Family, config: Mapping[str, Any], shape: Shape 
     sizes = (shape or shape_of(family, config)).axes
     groups = dict.fromkeys((tensor.group for tensor in family.tensors), 0)
     for tensor in family.present(config):
-        groups[tensor.group] += entries(tensor, sizes)
+        groups[tensor.group] += prod(tensor.shape(sizes)) * copies(tensor, family, config, sizes["layer"])
     return groups
 
 
-def cache_bytes_per_token(family: Family, shape: Shape, *, bytes_per_entry: int = 2) -> int:
+def copies(tensor: Tensor, family: Family, config: Mapping[str, Any], layers: int) -> int:
+    """How many of `layers` layers have a row; 1 for what belongs to no layer."""
+    return _layers_of(tensor.on, family, config, layers) if tensor.per_layer else 1
+
+
+def _layers_of(on: tuple[str, ...], family: Family, config: Mapping[str, Any], layers: int) -> int:
+    """Layers of some kinds among `layers`; where these are fewer than the config's, evenly spread over them."""
+    if not on:
+        return layers
+    kinds = family.kinds(config)
+    return sum(not kinds[i * len(kinds) // layers].isdisjoint(on) for i in range(layers))
+
+
+def cache_bytes_per_token(
+    family: Family, config: Mapping[str, Any], shape: Shape | None = None, *, bytes_per_entry: int = 2
+) -> int:
     """Bytes that one token adds to the KV-cache of one sequence, over all layers."""
-    sizes = shape.axes
-    return Dim.parse(family.cache).size(sizes) * sizes["layer"] * bytes_per_entry
+    sizes = (shape or shape_of(family, config)).axes
+    return _over_attention(family.cache, family, config, sizes) * bytes_per_entry
 
 
-def flops_per_token(family: Family, shape: Shape, *, context: int) -> int:
+def flops_per_token(family: Family, config: Mapping[str, Any], shape: Shape | None = None, *, context: int) -> int:
     """FLOPs of one token's forward pass, attending to `context` positions. A multiply-add is two.
 
     Matrices and attention scores; norms, activations and the softmax are left out, as is usual (Kaplan et al. 2020,
     arXiv 2001.08361, table 1). Training costs three times as much.
     """
-    sizes = shape.axes
-    matrices = (t for t in family.tensors if len(t.dims) == 2 and t.role in ("read", "write", "head"))
-    attention = Dim.parse(family.scores).size(sizes) * sizes["layer"] * context
-    return 2 * (sum(entries(tensor, sizes) for tensor in matrices) + attention)
+    sizes = (shape or shape_of(family, config)).axes
+    heads = {t for t in family.role("head") if t.tied}  # a tied table is multiplied by all the same
+    matrices = (t for t in {*family.present(config), *heads} if t.input is not None)
+    products = sum(prod(t.shape(sizes)) * copies(t, family, config, sizes["layer"]) for t in matrices)
+    return 2 * (products + _over_attention(family.scores, family, config, sizes) * context)
+
+
+def _over_attention(dim: str, family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    on = (family.attends,) if family.attends else ()
+    return Dim.parse(dim, family.fixed).size(sizes) * _layers_of(on, family, config, sizes["layer"])
 
 
 def expected_parameters(
@@ -61,11 +77,9 @@ def expected_parameters(
     An axis that `keep` leaves out stays whole. At probabilities of 0 and 1 this is the count of the cut.
     """
     total = 0.0
-    for tensor in family.present(config):
-        layers = range(sizes["layer"]) if tensor.per_layer else (None,)
-        for layer in layers:
-            stays = keep["layer"][layer] if layer is not None and "layer" in keep else 1.0
-            total += stays * prod(expected_size(dim, sizes, keep, layer) for dim in tensor.dims)
+    for tensor, layer in family.named(config, range(sizes["layer"])):
+        stays = keep["layer"][layer] if layer is not None and "layer" in keep else 1.0
+        total += stays * prod(expected_size(dim, sizes, keep, layer) for dim in tensor.dims)
     return total
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shearling.axes.axis import MASKABLE
-from shearling.axes.spec import Family, Tensor
+from shearling.axes.spec import Family
+from shearling.axes.table import Tensor
 
 When = Literal["always", "masked", "cut"]
 

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from shearling.axes.axis import AXES, Dim
-from shearling.axes.shape import KEYS, Shape
+from shearling.axes.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def positions(dim: Dim, axis: str, sizes: Mapping[str, int]) -> list[int]:
 
 def kept_shape(source: Shape, kept: Kept) -> Shape:
     """The shape that a selection leaves."""
-    sizes = kept.counts()
-    return Shape({key: dim.size(sizes) for key, dim in KEYS.items()})
+    return source.at(kept.counts())
 
 
 def select(scores: Mapping[str, Sequence[Any]], *, source: Shape, target: Shape) -> Kept:
@@ -116,7 +115,7 @@ def select(scores: Mapping[str, Sequence[Any]], *, source: Shape, target: Shape)
     """
     axes, wanted = source.axes, target.axes
     kept = Kept({}, axes)
-    for axis in (name for name in AXES if wanted[name] < axes[name]):
+    for axis in (name for name in AXES if name in axes and wanted[name] < axes[name]):
         choices: dict[tuple[int, ...], tuple[int, ...]] = {}
         for place in places(axis, kept):
             along = scores[axis]

@@ -1,59 +1,18 @@
-"""A family as data: a table of tensors on named axes, and the few facts that the tensors don't tell.
+"""A family as data: a table of tensors on named axes (axes/table.py), and the facts that the tensors don't tell."""
 
-The table is text, a line a tensor, in the order of computation:
-
-    role  name on the module  dim  dim  [options]
-
-Roles: `embed` fills the residual stream; `norm` normalises along its dim; `read` belongs to what reads the residual
-stream (through the norm above it); `write` is the last operation before the residual add; `head` gives the logits.
-`*` in a name stands for the layer's number. A line with one word heads a group for counting.
-Options: `bias=FLAG` adds a bias on the first dim where the config's FLAG is true (`bias=always`: everywhere);
-`tied=NAME` says which tensor it shares storage with where the config ties them; `disk=NAME` is its name in files.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
-from shearling.axes.axis import Dim
-
-ROLES = ("embed", "norm", "read", "write", "head")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One row: a parameter, or one per layer where the name has a `*`."""
-
-    name: str
-    role: str
-    dims: tuple[Dim, ...]
-    group: str
-    norm: str = ""  # the norm through which a reader reads the residual stream
-    when: str = ""  # the config flag under which the parameter exists; empty: always
-    tied: str = ""  # the tensor that it shares storage with where the config ties embeddings
-    disk: str = ""
-
-    @property
-    def per_layer(self) -> bool:
-        return "*" in self.name
-
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Its size along each dim, where `sizes` has each axis's."""
-        return tuple(dim.size(sizes) for dim in self.dims)
-
-    def at(self, layer: int | None) -> str:
-        """The name on the module, for one layer."""
-        return self.name.replace("*", str(layer))
-
-    def at_disk(self, layer: int | None) -> str:
-        """The name in files, for one layer."""
-        return (self.disk or self.name).replace("*", str(layer))
+from shearling.axes.layers import LayerRule as LayerRule
+from shearling.axes.table import Tensor, rows
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """How a family's norms work: the module's attribute and the config's key that hold their epsilon.
+    """How norms work: the module's attribute and the config's key (or a number) that hold their epsilon.
 
     `offset` is what the stored weight lacks of the effective one (Gemma: 1), `centred` is LayerNorm's mean.
     """
@@ -65,65 +24,116 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
-class LayerRule:
-    """How a per-layer list of the config is made when the config doesn't spell it out.
-
-    Entry i is `above` where `flag` is true and i >= config[start], else `below`; all are `below` if `window` is null.
-    """
-
-    key: str
-    flag: str
-    start: str
-    window: str
-    below: str
-    above: str
-
-
-@dataclass(frozen=True)
 class Family:
-    """Everything Shearling knows of a family. See the module's docstring for `table`."""
+    """Everything Shearling knows of a family. `table` is read by axes/table.py.
+
+    Expressions are a number, a flag, a key of the config, or keys and numbers with * and / between them.
+    """
 
     name: str
     model_types: tuple[str, ...]
     table: str
-    norms: Normalisation
+    norms: Normalisation | Mapping[str, Normalisation]  # one, or by the name that a row's `norm=` gives
     cache: str  # a dim: what one token adds to one layer's KV-cache
     scores: str  # a dim: multiply-adds per token, layer and position attended to
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # a number, a flag, another key, or "key / key"
+    attends: str = ""  # the kind of the layers that have a cache and scores; empty: all
+    names: Mapping[str, str] = field(default_factory=dict)  # a size's standard name -> this config's key for it
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # words of dims that are never cut -> expressions
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that a config leaves out: expressions
     nulls: Mapping[str, Any] = field(default_factory=dict)  # what a null means, where that isn't the default
     divides: tuple[str, ...] = ()  # "a % b": what transformers' config class insists on
-    layer_rules: tuple[LayerRule, ...] = ()  # lists of the config that follow the kept layers
+    coupled: tuple[str, ...] = ()  # "a == b * c": sizes that the model's code ties to one another
+    layer_rules: tuple[LayerRule, ...] = ()  # keys of the config that follow the kept layers
+    logits: Mapping[str, str] = field(default_factory=dict)  # "times", "over", "cap" -> key: what is done to logits
+    uncut: Mapping[str, str] = field(default_factory=dict)  # axis, or "axis if FLAG" -> why it can't be cut along
     tensors: tuple[Tensor, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", tuple(_rows(self.table)))
+        object.__setattr__(self, "tensors", tuple(rows(self.table, self.fixed)))
 
-    def setting(self, config: Mapping[str, Any], key: str) -> Any:
-        """The config's value of `key`, or the family's default for it. Raises KeyError where there is neither."""
+    def key(self, config: Mapping[str, Any], name: str) -> str:
+        """Under which key the config holds a size, or anything else, by its standard name or its own."""
+        own = self.names.get(name, name)
+        return name if own not in config and name in config else own
+
+    def setting(self, config: Mapping[str, Any], name: str) -> Any:
+        """The config's value, or the family's default for it. Raises KeyError where there is neither."""
+        key = self.key(config, name)
         value = config.get(key)
         if value is not None:
             return value
-        spelled_null = key in config and key in self.nulls
-        default = self.nulls[key] if spelled_null else self.defaults[key]
-        if not isinstance(default, str):
-            return default
-        above, _, below = (word.strip() for word in default.partition("/"))
-        if not below:
-            return self.setting(config, above)
-        ratio = Fraction(self.setting(config, above), self.setting(config, below))
-        return ratio.numerator if ratio.denominator == 1 else int(ratio)
+        facts = self.nulls if key in config and key in self.nulls else self.defaults
+        return self.value(config, facts[key])
+
+    def value(self, config: Mapping[str, Any], expression: Any) -> Any:
+        """Of an expression. A ratio that isn't whole is rounded down, as config classes do."""
+        if not isinstance(expression, str):
+            return expression
+        first, *rest = expression.split()
+        total = self._word(config, first)
+        for sign, word in zip(rest[::2], rest[1::2], strict=True):
+            other = self._word(config, word)
+            total = Fraction(total) * other if sign == "*" else Fraction(total) / other
+        return int(total) if isinstance(total, Fraction) else total
+
+    def _word(self, config: Mapping[str, Any], word: str) -> Any:
+        return int(word) if word.isdigit() else self.setting(config, word)
+
+    def kinds(self, config: Mapping[str, Any]) -> list[frozenset[str]]:
+        """For each layer the words that the config has for it: its kinds."""
+        found = [rule.words(config, lambda key: self.setting(config, key)) for rule in self.layer_rules]
+        spelled = [words for words in found if words is not None]
+        return [
+            frozenset(words[layer] for words in spelled if isinstance(words[layer], str))
+            for layer in range(self.setting(config, "num_hidden_layers"))
+        ]
 
     def present(self, config: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The parameters that a model with this config has: no absent biases, no head that is a tied embedding."""
+        """The rows that a model with this config has: no absent biases, no head that is a tied embedding."""
         tied = self.setting(config, "tie_word_embeddings")
-        return tuple(t for t in self.tensors if self._exists(t, config) and not (t.tied and tied))
+        by_kind = any(t.on for t in self.tensors)
+        kinds = frozenset().union(*self.kinds(config)) if by_kind else frozenset()
+        return tuple(
+            t
+            for t in self.tensors
+            if all(self.setting(config, flag) for flag in t.when)
+            and not (t.tied and tied)
+            and (not t.on or not kinds.isdisjoint(t.on))
+        )
 
-    def _exists(self, tensor: Tensor, config: Mapping[str, Any]) -> bool:
-        return tensor.when in ("", "always") or bool(self.setting(config, tensor.when))
+    def named(
+        self, config: Mapping[str, Any], layers: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, int | None]]:
+        """Each parameter with its layer: (row, None) or (row, layer), layer by layer in the table's order.
+
+        With `layers`, those of the config's that stay, as they are numbered then.
+        """
+        present, by_kind = self.present(config), any(t.on for t in self.tensors)
+        if layers is None:
+            layers = range(self.setting(config, "num_hidden_layers"))
+        kinds = self.kinds(config) if by_kind else None
+        first = next((i for i, t in enumerate(present) if t.per_layer), len(present))
+        yield from ((t, None) for t in present[:first])
+        for number, layer in enumerate(layers):
+            for t in present:
+                if t.per_layer and (not t.on or (kinds is not None and not kinds[layer].isdisjoint(t.on))):
+                    yield t, number
+        yield from ((t, None) for t in present[first:] if not t.per_layer)
+
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """The axes that its tensors have, layers among them."""
+        return frozenset({"layer"}).union(*(dim.axes() for t in self.tensors for dim in t.dims))
+
+    def normalisation(self, norm: Tensor) -> Normalisation:
+        """How a row that is a norm works."""
+        if isinstance(self.norms, Normalisation):
+            return self.norms
+        return self.norms[norm.normalisation or next(iter(self.norms))]
 
     def readers(self, norm: str) -> tuple[Tensor, ...]:
         """The weights that read the residual stream through `norm`."""
-        return tuple(t for t in self.tensors if t.norm == norm and len(t.dims) == 2)
+        return tuple(t for t in self.tensors if t.norm == norm and len(t.dims) >= 2)
 
     def block(self, layer: int) -> str:
         """The path of one layer's module."""
@@ -132,34 +142,3 @@ class Family:
 
     def role(self, role: str) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if t.role == role)
-
-
-def named(tensors: tuple[Tensor, ...], layers: int) -> Iterator[tuple[Tensor, int | None]]:
-    """Each parameter with its layer: (tensor, None) or (tensor, layer), layer by layer in the table's order."""
-    first = next((i for i, t in enumerate(tensors) if t.per_layer), len(tensors))
-    block = tuple(t for t in tensors if t.per_layer)
-    yield from ((t, None) for t in tensors[:first])
-    yield from ((t, layer) for layer in range(layers) for t in block)
-    yield from ((t, None) for t in tensors[first:] if not t.per_layer)
-
-
-def _rows(table: str) -> Iterator[Tensor]:
-    group, norm = "", ""
-    for line in filter(None, map(str.strip, table.splitlines())):
-        words = line.split()
-        if len(words) == 1:
-            group = words[0]
-            continue
-        role, name, *rest = words
-        options = dict(word.split("=", 1) for word in rest if "=" in word)
-        dims = tuple(Dim.parse(word) for word in rest if "=" not in word)
-        if role not in ROLES or not dims or set(options) - {"bias", "tied", "disk"}:
-            raise ValueError(f"a table's line is: role name dim [dim] [options], role one of {ROLES}; found {line!r}")
-        if role == "norm" and dims[0].axes() == ("hidden",):
-            norm = name
-        reads = norm if role in ("read", "head") and "hidden" in dims[-1].axes() else ""
-        tied, disk = options.get("tied", ""), options.get("disk", "")
-        yield Tensor(name, role, dims, group, norm=reads, tied=tied, disk=disk)
-        if "bias" in options:
-            bias = name.removesuffix("weight") + "bias"
-            yield Tensor(bias, role, dims[:1], group, when=options["bias"])

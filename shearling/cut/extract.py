@@ -10,8 +10,8 @@ from torch import Tensor
 from shearling.axes.factors import factors
 from shearling.axes.index import Kept
 from shearling.axes.shape import Shape
-from shearling.axes.spec import Family, named
-from shearling.axes.spec import Tensor as Row
+from shearling.axes.spec import Family
+from shearling.axes.table import Tensor as Row
 from shearling.cut.fold import fold_factors, slice_kept
 
 Read = Callable[[Row, int | None], Tensor]  # a row of the source's table, for one of the source's layers
@@ -30,7 +30,7 @@ class Cut:
 
     def rows(self) -> Iterator[tuple[Row, int | None]]:
         """The result's parameters, each with its layer in the result."""
-        return named(self.family.present(self.config), self.shape["num_hidden_layers"])
+        return self.family.named(self.config, self.kept.layers)
 
     def tensor(self, row: Row, layer: int | None, read: Read) -> Tensor:
         """One tensor of the result. A row that nothing is cut from or folded into comes back bit for bit."""
@@ -41,7 +41,7 @@ class Cut:
         weight = fold_factors(weight, row, found, kept=self.kept, masks=self.masks, layer=source_layer)
         scale = self.norm_scales.get(row.at(source_layer))
         if scale is not None:
-            offset = self.family.norms.offset
+            offset = self.family.normalisation(row).offset
             weight = scale * (weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset) - offset
         assert tuple(weight.shape) == row.shape(self.shape.axes), (row.name, weight.shape)
         return weight

@@ -8,7 +8,7 @@ from torch import Tensor
 from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor
 from shearling.axes.index import Kept, positions
-from shearling.axes.spec import Tensor as Row
+from shearling.axes.table import Tensor as Row
 
 
 def slice_kept(weight: Tensor, row: Row, kept: Kept, layer: int | None) -> Tensor:

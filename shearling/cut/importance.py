@@ -16,7 +16,7 @@ from torch.nn import functional
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.index import Kept, positions
 from shearling.axes.spec import Family
-from shearling.axes.spec import Tensor as Row
+from shearling.axes.table import Tensor as Row
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _norms(family: Family, sizes: dict[str, int]) -> dict[str, tuple[Row, int | 
 
 def _watch(model: nn.Module, family: Family, sizes: dict[str, int], seen: _Collector) -> Iterable[Any]:
     """Hooks on the inputs of norms and of residual writers, and on both ends of each block."""
-    for name in _norms(family, sizes):
+    for name, (row, _) in _norms(family, sizes).items():
         norm = model.get_submodule(name.removesuffix(".weight"))
-        eps = float(getattr(norm, family.norms.eps_attribute))
+        eps = float(getattr(norm, family.normalisation(row).eps_attribute))
 
         def normalised(_: nn.Module, args: tuple[Tensor, ...], name: str = name, eps: float = eps) -> None:
             squares = args[0].float().square()
@@ -137,7 +137,7 @@ def _hidden_scores(
     """
     total = torch.zeros(sizes["hidden"], dtype=torch.float64)
     for name, (row, layer) in _norms(family, sizes).items():
-        effective = weights[name].double().cpu() + family.norms.offset
+        effective = weights[name].double().cpu() + family.normalisation(row).offset
         outgoing = torch.zeros_like(total)
         for reader in family.readers(row.name):
             source = reader.tied if reader.tied and tied else reader.at(layer)

@@ -7,7 +7,8 @@ from typing import Any
 
 from shearling.arch import family_of
 from shearling.arch.config import config_at
-from shearling.axes.shape import resolve_target, shape_of
+from shearling.axes.shape import shape_of
+from shearling.axes.target import resolve_target
 from shearling.demo.corpus import write_corpus
 from shearling.demo.models import SOURCE, TARGET, write_tokenizer, write_untrained
 from shearling.eval.generation import continue_text

@@ -11,7 +11,7 @@ from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor, factors
 from shearling.axes.index import positions
 from shearling.axes.spec import Family
-from shearling.axes.spec import Tensor as Row
+from shearling.axes.table import Tensor as Row
 from shearling.masks.folded import MaskedEmbedding, MaskedLinear, MaskedNorm
 
 Masks = Mapping[str, Tensor]  # by axis, [*within, size]
@@ -72,9 +72,10 @@ class Attached:
                 cast(nn.Linear, plain), self._vector(row, found, 0, layer), self._vector(row, found, 1, layer)
             )
         else:
-            eps = float(getattr(plain, family.norms.eps_attribute))
+            eps_attribute = family.normalisation(row).eps_attribute
+            eps = float(getattr(plain, eps_attribute))
             eps_tensor = self._eps.setdefault(eps, torch.tensor(eps, device=self.device))
-            masked = MaskedNorm(plain, family.norms.eps_attribute, self._scale, eps_tensor)
+            masked = MaskedNorm(plain, eps_attribute, self._scale, eps_tensor)
             self._norms.append(masked)
         name = path.rpartition(".")[2]
         setattr(parent, name, masked)

@@ -106,4 +106,5 @@ class Gates(nn.Module, ABC):
 
 def cut_axes(source: Shape, target: Shape) -> tuple[str, ...]:
     """The axes on which the target is smaller."""
-    return tuple(axis for axis in MASKABLE if target.axes[axis] < source.axes[axis])
+    of_source, of_target = source.axes, target.axes
+    return tuple(axis for axis in MASKABLE if axis in of_source and of_target[axis] < of_source[axis])

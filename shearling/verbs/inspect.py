@@ -5,6 +5,7 @@ from typing import Any
 
 from shearling.arch import family_of
 from shearling.arch.config import max_positions
+from shearling.axes.axis import AXES
 from shearling.axes.cost import memory_bytes
 from shearling.axes.count import cache_bytes_per_token, flops_per_token, parameters, parameters_by_group
 from shearling.axes.shape import shape_of
@@ -27,11 +28,11 @@ def inspect(model: str) -> dict[str, Any]:
         "family": family.name,
         "tied_embeddings": bool(family.setting(config, "tie_word_embeddings")),
         "shape": dict(shape),
-        "axes": shape.axes,
+        "axes": {axis: size for axis, size in shape.axes.items() if axis in AXES},
         "parameters": parameters(family, config),
         "parameters_by_group": parameters_by_group(family, config),
         "context_tokens": context,
-        "kv_cache_bytes_per_token": cache_bytes_per_token(family, shape),
-        "flops_per_token": flops_per_token(family, shape, context=context // 2),
+        "kv_cache_bytes_per_token": cache_bytes_per_token(family, config),
+        "flops_per_token": flops_per_token(family, config, context=context // 2),
         **memory_bytes(family, config, context=context),
     }

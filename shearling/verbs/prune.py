@@ -9,7 +9,8 @@ from typing import Any
 
 from shearling.axes.count import parameters
 from shearling.axes.index import Kept, select
-from shearling.axes.shape import Shape, resolve_target
+from shearling.axes.shape import Shape
+from shearling.axes.target import resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
@@ -82,7 +83,7 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
 def open_target(model: str, asked: Prune) -> tuple[Source, Shape, tuple[str, ...]]:
     """The source, the whole target and what was filled in; raises UserError for all that can be told without data."""
     source = Source.open(model, dtype=asked.dtype)
-    target, notes = resolve_target(source.family, source.shape, asked.to)
+    target, notes = resolve_target(source.family, source.shape, asked.to, source.config)
     return source, target, tuple(notes)
 
 

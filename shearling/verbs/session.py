@@ -167,7 +167,7 @@ class Session:
 
     def flops(self, source: Source, shape: Shape, *, tokens: int) -> float:
         """FLOPs of training on so many tokens, forward and backward, at the mean context of a causal window."""
-        return 3.0 * flops_per_token(source.family, shape, context=self.settings.seq_len // 2) * tokens
+        return 3.0 * flops_per_token(source.family, source.config, shape, context=self.settings.seq_len // 2) * tokens
 
     def measured_on(self) -> dict[str, Any]:
         """What held-out losses of this session belong to: the same, and they can be compared."""

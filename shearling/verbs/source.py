@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from shearling.arch import family_of
-from shearling.arch.config import config_at, layer_list, max_positions
+from shearling.arch.config import config_at, max_positions
 from shearling.axes.count import parameters
 from shearling.axes.shape import Shape, shape_of
 from shearling.axes.spec import Family
-from shearling.axes.spec import Tensor as Row
+from shearling.axes.table import Tensor as Row
 from shearling.data.store import Store
 from shearling.data.tokenise import fingerprint as tokenizer_fingerprint
 from shearling.data.tokenise import load_tokenizer
@@ -46,8 +46,7 @@ class Source:
         checkpoint = Checkpoint.open(folder)
         family = family_of(checkpoint.config)
         shape = shape_of(family, checkpoint.config)
-        for rule in family.layer_rules:
-            layer_list(family, checkpoint.config, rule)  # says what is wrong with it
+        family.kinds(checkpoint.config)  # says what is wrong with a list of layers
         check_table(checkpoint, family, shape)
         if dtype is None:
             check_dtype(checkpoint.config, checkpoint)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shearling.axes.shape import Shape
-from shearling.axes.spec import Family, named
-from shearling.axes.spec import Tensor as Row
+from shearling.axes.spec import Family
+from shearling.axes.table import Tensor as Row
 from shearling.errors import UserError
 from shearling.weights.checkpoint import check_finite
 from shearling.weights.writer import Entry, write
@@ -65,7 +65,7 @@ def save_model(
 ) -> None:
     """Writes config.json and the weights of a family's model, tensor by tensor, under their names on disk."""
     sizes = shape.axes
-    rows = {row.at_disk(layer): (row, layer) for row, layer in named(family.present(config), sizes["layer"])}
+    rows = {row.at_disk(layer): (row, layer) for row, layer in family.named(config)}
     entries = [Entry(name, DTYPE_CODES[dtype], row.shape(sizes)) for name, (row, _) in rows.items()]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write(folder, entries, lambda name: tensor(*rows[name]).to(dtype).contiguous())

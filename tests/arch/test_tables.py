@@ -9,9 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shearling.arch import families, family_of
-from shearling.arch.config import config_at, layer_list
-from shearling.axes.shape import KEYS, resolve_target, shape_of
-from shearling.axes.spec import Family, named
+from shearling.arch.config import config_at
+from shearling.axes.shape import KEYS, shape_of
+from shearling.axes.spec import Family
+from shearling.axes.target import resolve_target
 from shearling.errors import UserError
 from shearling.weights.header import read_header
 
@@ -33,11 +34,8 @@ def on_meta(config: dict[str, Any]) -> Any:
 def assert_table_is_model(family: Family, config: dict[str, Any]) -> None:
     model = on_meta(config)
     sizes = shape_of(family, config).axes
-    expected = {
-        row.at(layer): tuple(dim.size(sizes) for dim in row.dims)
-        for row, layer in named(family.present(config), sizes["layer"])
-    }
-    rows = [row.at(layer) for row, layer in named(family.present(config), sizes["layer"])]
+    expected = {row.at(layer): tuple(dim.size(sizes) for dim in row.dims) for row, layer in family.named(config)}
+    rows = [row.at(layer) for row, layer in family.named(config)]
     assert len(rows) == len(set(rows))
     assert expected == {name: tuple(p.shape) for name, p in model.named_parameters()}
     for row in family.tensors:
@@ -45,11 +43,11 @@ def assert_table_is_model(family: Family, config: dict[str, Any]) -> None:
             assert model.get_parameter(row.name) is model.get_parameter(row.tied)
         elif row.tied:
             assert model.get_parameter(row.name) is not model.get_parameter(row.tied)
-    for row, layer in named(family.present(config), sizes["layer"]):
+    for row, layer in family.named(config):
         if row.role == "norm":
             norm = model.get_submodule(row.at(layer).removesuffix(".weight"))
-            eps = getattr(norm, family.norms.eps_attribute)
-            assert eps == family.setting(config, family.norms.eps_key)
+            eps = getattr(norm, family.normalisation(row).eps_attribute)
+            assert eps == family.setting(config, family.normalisation(row).eps_key)
 
 
 def small(model_type: str, **settings: Any) -> dict[str, Any]:
@@ -65,7 +63,7 @@ def small(model_type: str, **settings: Any) -> dict[str, Any]:
 
 def flags(family: Family) -> dict[str, bool]:
     """The config flags under which the table has more parameters."""
-    return {row.when: True for row in family.tensors if row.when not in ("", "always")}
+    return {flag: True for row in family.tensors for flag in row.when}
 
 
 @pytest.mark.parametrize(("family", "model_type"), TYPES)
@@ -105,7 +103,7 @@ def test_names_on_disk(family: Family, model_type: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     on_disk = {name: tuple(info.shape) for name, info in read_header(tmp_path / "model.safetensors").items()}
     sizes = shape_of(family, config).axes
-    rows = named(family.present(config), sizes["layer"])
+    rows = family.named(config)
     assert on_disk == {row.at_disk(layer): tuple(dim.size(sizes) for dim in row.dims) for row, layer in rows}
 
 
@@ -115,7 +113,7 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family: Family, 
     bare = {"model_type": model_type, "hidden_size": 1024, "num_attention_heads": 64, "num_hidden_layers": 2}
     made = AutoConfig.for_model(**bare).to_dict()
     for key in family.defaults:
-        if key not in ("use_sliding_window", "max_window_layers"):
+        if key not in ("use_sliding_window", "sliding_window", "max_window_layers"):
             assert family.setting(bare, key) == made.get(key, family.setting(bare, key)), key
 
 
@@ -167,4 +165,4 @@ def test_a_per_layer_list_of_another_length_is_refused(model_type: str) -> None:
     config = {"model_type": model_type, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 2}
     family = family_of(config)
     with pytest.raises(UserError, match="layer_types: found 2 entries; expected 3, one a layer"):
-        [layer_list(family, config, rule) for rule in family.layer_rules]
+        family.kinds(config)

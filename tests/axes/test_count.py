@@ -29,7 +29,7 @@ def test_published_counts(name):
     assert parameters(family, config) == entry["parameters"]
     assert parameters(family, config, shape) == entry["parameters"]
     assert shape["head_dim"] == entry["head_dim"]
-    assert cache_bytes_per_token(family, shape) == entry["kv_cache_bytes_per_token"]
+    assert cache_bytes_per_token(family, config, shape) == entry["kv_cache_bytes_per_token"]
     by_hand = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * entry["head_dim"] * 2
     assert by_hand == entry["kv_cache_bytes_per_token"]
 
@@ -94,7 +94,7 @@ def test_flops_are_those_of_torchs_counter(model_type, group, tied):
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         source.model(tokens(40, sequences=sequences, length=length), use_cache=False)
-    expected = flops_per_token(source.family, source.shape, context=length)
+    expected = flops_per_token(source.family, source.config, context=length)
     assert counter.get_total_flops() == sequences * length * expected
 
 
@@ -102,10 +102,9 @@ def test_flops_grow_with_the_context_by_the_attention_alone():
     """Kaplan et al. 2020, table 1: 2N of the matrices, and 2 * 2 * layers * heads * head_dim for each position."""
     config = GOLDEN["Llama-2-7B"]["config"]
     family = family_of(config)
-    shape = shape_of(family, config)
     embedding, norms = 32000 * 4096, (2 * 32 + 1) * 4096
-    assert flops_per_token(family, shape, context=0) == 2 * (6738415616 - embedding - norms)
-    difference = flops_per_token(family, shape, context=100) - flops_per_token(family, shape, context=0)
+    assert flops_per_token(family, config, context=0) == 2 * (6738415616 - embedding - norms)
+    difference = flops_per_token(family, config, context=100) - flops_per_token(family, config, context=0)
     assert difference == 100 * 4 * 32 * 4096
 
 
@@ -118,10 +117,10 @@ def test_cache_bytes_are_those_of_the_real_cache(model_type, dtype):
         cache = source.model(tokens(40, sequences=sequences, length=length), use_cache=True).past_key_values
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     found = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    each = cache_bytes_per_token(source.family, source.shape, bytes_per_entry=dtype.itemsize)
+    each = cache_bytes_per_token(source.family, source.config, bytes_per_entry=dtype.itemsize)
     assert found == sequences * length * each
     if dtype == torch.bfloat16:
-        assert each == cache_bytes_per_token(source.family, source.shape)
+        assert each == cache_bytes_per_token(source.family, source.config)
 
 
 def test_memory_bytes():

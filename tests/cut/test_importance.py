@@ -10,7 +10,8 @@ from torch import Tensor
 from shearling.arch.config import config_at
 from shearling.axes.axis import MASKABLE
 from shearling.axes.index import Kept, select
-from shearling.axes.shape import Shape, resolve_target
+from shearling.axes.shape import Shape
+from shearling.axes.target import resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.loss.cross_entropy import next_token_loss

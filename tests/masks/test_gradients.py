@@ -7,7 +7,7 @@ from small_models import MODEL_TYPES, Small, small, tokens
 from torch import Tensor
 
 from shearling.axes.axis import MASKABLE, mask_shape
-from shearling.axes.shape import resolve_target
+from shearling.axes.target import resolve_target
 from shearling.loss.cross_entropy import next_token_loss
 from shearling.masks.attach import Attached
 from shearling.masks.hard_concrete import noise_seed

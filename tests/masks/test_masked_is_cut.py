@@ -14,7 +14,8 @@ from shearling.arch import family_of
 from shearling.arch.config import config_at
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.index import Kept, places, select
-from shearling.axes.shape import Shape, resolve_target, shape_of
+from shearling.axes.shape import Shape, shape_of
+from shearling.axes.target import resolve_target
 from shearling.cut.extract import Cut
 from shearling.masks.attach import Attached
 from shearling.masks.gates import cut_axes

@@ -11,7 +11,7 @@ from small_models import small
 
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.index import places
-from shearling.axes.shape import resolve_target
+from shearling.axes.target import resolve_target
 from shearling.masks import hard_concrete
 from shearling.masks.constraint import Slide, penalty
 from shearling.masks.options import PAPER, Options

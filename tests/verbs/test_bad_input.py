@@ -227,6 +227,7 @@ def test_inspect_refuses_what_can_not_be_sheared(refused, copied, damage, parts)
 @pytest.mark.parametrize(
     ("to", "parts"),
     [
+        ("hiden_size=24", ["found 'hiden_size'; expected a size of a Llama", "did you mean 'hidden_size'?"]),
         ("hidden_size=40", ["target hidden_size: found 40; expected 1 to 32, the source's", "in that range"]),
         ("num_hidden_layers=4", ["target num_hidden_layers: found 4; expected 1 to 3"]),
         ("intermediate_size=0", ["target intermediate_size: found 0; expected 1 to 48"]),
@@ -250,7 +251,6 @@ def test_all_that_is_wrong_with_a_target_is_told_at_once(call, refused, model_fo
 @pytest.mark.parametrize(
     ("to", "told"),
     [
-        ("hiden_size=24", "target: found 'hiden_size'; expected a size of the model; did you mean 'hidden_size'?"),
         ("hidden_size=24,hidden_size=24", "target: found hidden_size twice; expected each size once; leave one out"),
         ("hidden_size=big", "target hidden_size: found 'big'; expected a whole number; write hidden_size=N"),
         ("", "target: found nothing; expected sizes; name what to cut, as hidden_size=N,..."),

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from shearling.arch import family_of
 from shearling.axes.shape import shape_of
-from shearling.axes.spec import named
 from shearling.data.store import Store
 from shearling.recipe import Data, validated
 from shearling.record import read
@@ -79,8 +78,7 @@ def test_the_cut_has_exactly_the_shape_asked_for(pruned, target, method):
     shape = shape_of(family, settings)
     assert shape["head_dim"] == 8  # the source's, and not hidden_size / num_attention_heads any more
     expected = {
-        row.at_disk(layer): tuple(dim.size(shape.axes) for dim in row.dims)
-        for row, layer in named(family.present(settings), shape["num_hidden_layers"])
+        row.at_disk(layer): tuple(dim.size(shape.axes) for dim in row.dims) for row, layer in family.named(settings)
     }
     found = weights(out)
     assert {name: tuple(weight.shape) for name, weight in found.items()} == expected
