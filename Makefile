@@ -6,7 +6,7 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constra
 # Two workers of one thread each are faster than one of two for models this small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: .venv/ready
 	$(BIN)/shearling demo --out demo
@@ -19,6 +19,11 @@ check: .venv/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(PYTEST) -m "not slow"
+
+# Proves the tables that have changed, then writes docs/families.md and README's list of models.
+docs: .venv/ready
+	$(BIN)/python benchmarks/conformance.py
+	$(BIN)/python docs/generate.py
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'

@@ -16,6 +16,7 @@ ROWS = (
     ("cli",),
     ("run", "demo"),
     ("verbs",),
+    ("conformance",),
     ("recipe",),
     ("masks", "cut", "train", "teacher", "eval", "report"),
     ("data", "mixture", "loss", "weights", "record", "stage"),

@@ -1,6 +1,6 @@
 """Families, each a table in a module of its own. Whatever Family a module here defines is known."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -13,9 +13,21 @@ from shearling.errors import UserError, nearest
 @cache
 def families() -> tuple[Family, ...]:
     """Every family that has a table, in the order of their modules' names."""
-    modules = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
-    found = (value for module in modules for value in vars(module).values() if isinstance(value, Family))
-    return tuple({id(family): family for family in found}.values())
+    return tuple(family for _, some in described() for family in some)
+
+
+@cache
+def described() -> tuple[tuple[str, tuple[Family, ...]], ...]:
+    """What each module of tables says of itself, and the families that it has."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    seen: set[int] = set()
+    found = []
+    for module in modules:
+        own = [value for value in vars(module).values() if isinstance(value, Family) and id(value) not in seen]
+        seen.update(map(id, own))
+        if own:
+            found.append((" ".join((module.__doc__ or "").split()), tuple(own)))
+    return tuple(found)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -24,9 +36,25 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
-    raise UserError(
+    raise _unknown(config, sorted(known))
+
+
+def _unknown(config: Mapping[str, Any], known: Sequence[str]) -> UserError:
+    """Why a config has no table: which part of it, where it has parts."""
+    model_type = config.get("model_type")
+    parts = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    others = [key for key in parts if key != "text_config"]
+    expected = f"one of {', '.join(known)}"
+    if others:
+        text = config.get("text_config") or {}
+        inner = text.get("model_type") if isinstance(text, Mapping) else None
+        change = "no table says where its text model lies beside the rest"
+        change += f": save that one alone, as {inner}, and shear it" if inner in known else ", nor what it is made of"
+        found = f"{model_type!r}, a model with {' and '.join(others)} beside its text"
+        return UserError("model_type", found=found, expected=expected, change=change)
+    return UserError(
         "model_type",
         found=repr(model_type),
-        expected=f"one of {', '.join(sorted(known))}",
-        change="use a model of one of these families; " + nearest(str(model_type), sorted(known)),
+        expected=expected,
+        change="use a model of one of these families; " + nearest(str(model_type), known),
     )

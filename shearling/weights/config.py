@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shearling.errors import UserError
+from shearling.weights.quantised import how_to_get_plain, spelled
 
 # Big by nature and made of strings and ids alone: worth parsing only while that costs nothing.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
@@ -103,9 +104,9 @@ def _checked_config(path: Path) -> dict[str, Any]:
         if key in QUANTISATION_KEYS and value is not None:
             raise UserError(
                 f"file {path}, field {where}",
-                found="quantised weights",
+                found=f"weights quantised by {spelled(value)}",
                 expected="plain weights (float32, bfloat16 or float16)",
-                change="get the model's plain weights: the same name without -GPTQ, -AWQ, -FP8, -bnb-4bit",
+                change=how_to_get_plain(value),
             )
     if config.get("is_encoder_decoder") is True:
         raise UserError(

@@ -1,0 +1,1 @@
+"""Conformance: what a family's table claims, tried on small random models of transformers' own classes."""

@@ -1,0 +1,79 @@
+"""Units that carry nothing are what one-shot scores remove, and without them the model is the same function."""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shearling.axes.axis import is_per_layer
+from shearling.axes.factors import Factor, factors
+from shearling.axes.index import positions, select
+from shearling.axes.shape import Shape
+from shearling.axes.table import Tensor as Row
+from shearling.conformance.exact import cut_model
+from shearling.conformance.finding import TOLERANCE, Finding
+from shearling.conformance.model import Small, relative
+from shearling.conformance.targets import Unit, random_cut
+from shearling.cut.extract import Cut
+from shearling.cut.importance import measure
+
+# Where a norm loses entries, its epsilon weighs more among those left: the stream's mean square is some 0.03 here.
+NORM_TOLERANCE = 1e-3
+
+
+def dead_units(made: Small, targets: Mapping[Unit, Shape]) -> Iterator[Finding]:
+    """For each unit of axes: kills just as many entries as the target cuts, measures, selects and cuts."""
+    for unit, target in targets.items():
+        kept, masks = random_cut(made.shape, target)
+        killed = replace(made, model=deepcopy(made.model))
+        kill(killed, {axis: (mask > 0).float() for axis, mask in masks.items()})
+        ids = made.ids(seed=9)
+        batches = [made.ids(seed=seed) for seed in range(3)]
+        found = measure(killed.model, made.family, sizes=made.shape.axes, batches=batches, tied=made.tied)
+        chosen = select({a: s.tolist() for a, s in found.scores.items()}, source=made.shape, target=target)
+        wrong = sorted(axis for axis in unit if chosen.choices[axis] != kept.choices[axis])
+        yield Finding("dead units go first", made.name, unit, why=", ".join(wrong))
+        if wrong or not claims_logits(made, unit):
+            continue
+        cut = Cut(made.family, made.config, target, chosen, norm_scales=found.norm_scales(chosen))
+        with torch.no_grad():
+            logits = cut_model(killed, cut)(ids, use_cache=False).logits
+        tolerance = NORM_TOLERANCE if _is_normalised(made, unit) else TOLERANCE
+        yield Finding("dead units are free", made.name, unit, relative(logits, killed.logits(ids)), tolerance=tolerance)
+
+
+@torch.no_grad()
+def kill(made: Small, alive: Mapping[str, Tensor]) -> None:
+    """Sets to 0 what the entries that aren't alive write into the stream, in place.
+
+    Under LayerNorm the writers are centred over what is left: else its mean would move with the cut.
+    """
+    found = factors(made.family, tied=made.tied)
+    for row, layer in made.family.named(made.config):
+        parameter = made.model.get_parameter(row.at(layer))
+        for factor in found.get(row, ()):
+            if factor.axis in alive and factor.when == "always" and factor.part == "soft":
+                parameter.mul_(_along(made, row, factor, alive[factor.axis], layer))
+
+
+def claims_logits(made: Small, unit: Unit) -> bool:
+    """Whether the cut of dead units is claimed to be the same function: not where a choice among them is made anew."""
+    routed = {axis for row in made.family.role("route") for dim in row.dims for axis in dim.axes()} - {"hidden"}
+    return not routed & set(unit)
+
+
+def _is_normalised(made: Small, unit: Unit) -> bool:
+    """Whether a norm runs over one of the axes."""
+    return any(set(row.dims[0].axes()) & set(unit) for row in made.family.tensors if row.role in ("norm", "post"))
+
+
+def _along(made: Small, row: Row, factor: Factor, mask: Tensor, layer: int | None) -> Tensor:
+    """A mask's values as something to multiply a row of the uncut model by."""
+    if is_per_layer(factor.axis):
+        mask = mask[layer]
+    if factor.dim is None:
+        return mask
+    spread = mask.reshape(-1)[torch.tensor(positions(row.dims[factor.dim], factor.axis, made.shape.axes))]
+    return spread.reshape([-1 if dim == factor.dim else 1 for dim in range(len(row.dims))])

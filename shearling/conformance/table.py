@@ -1,0 +1,83 @@
+"""The table against transformers' model of the same config: names, sizes, ties, epsilons, names on disk, defaults."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shearling.axes.shape import shape_of
+from shearling.axes.spec import Family
+from shearling.conformance.finding import Finding
+from shearling.conformance.model import build, on_meta, parsed
+from shearling.weights.header import read_header
+
+SHOWN = 5
+
+
+def table_is_model(family: Family, config: Mapping[str, Any], name: str) -> Finding:
+    """Every parameter by name and size, every tie, every norm's epsilon, on the meta device."""
+    model = on_meta(config)
+    faults = [*_sizes(family, config, model), *_ties(family, config, model), *_epsilons(family, config, model)]
+    return Finding("table = model", name, why="; ".join(faults[:SHOWN]))
+
+
+def names_on_disk(family: Family, config: Mapping[str, Any], folder: Path, name: str) -> Finding:
+    """What `save_pretrained` writes, by name and size, against the table's names on disk. `folder` is to be empty."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    build(config).save_pretrained(folder)
+    sizes = shape_of(family, config).axes
+    counted = {row.at_disk(layer): row.shape(sizes) for row, layer in family.named(config)}
+    there = {
+        tensor: tuple(info.shape)
+        for shard in sorted(folder.glob("*.safetensors"))
+        for tensor, info in read_header(shard).items()
+    }
+    return Finding("names on disk", name, why="; ".join(list(_differences(counted, there))[:SHOWN]))
+
+
+def defaults(family: Family, model_type: str) -> Iterator[Finding]:
+    """Each default of the table against what transformers fills in, in a config that leaves out all that has one."""
+    own = parsed({"model_type": model_type}).to_dict()
+    required = {"hidden_size", "num_hidden_layers", "num_attention_heads"} - family.defaults.keys()
+    names = (family.names.get(key, key) for key in sorted(required))
+    bare = {"model_type": model_type, **{key: own[key] for key in names if key in own}}
+    filled = parsed(bare).to_dict()
+    for key in family.defaults:
+        counted = family.setting(bare, key)
+        wrong = key in filled and filled[key] is not None and counted != filled[key]
+        yield Finding("defaults", key, why=f"{counted} in the table, {filled[key]} in transformers" if wrong else "")
+
+
+def _sizes(family: Family, config: Mapping[str, Any], model: Any) -> Iterator[str]:
+    sizes = shape_of(family, config).axes
+    rows = list(family.named(config))
+    counted = {row.at(layer): row.shape(sizes) for row, layer in rows}
+    yield from _differences(counted, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    if len(counted) < len(rows):
+        yield "a name stands twice"
+
+
+def _ties(family: Family, config: Mapping[str, Any], model: Any) -> Iterator[str]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    present = family.present(config)
+    for row in family.tensors:
+        if row.tied and (parameters[row.name] is parameters[row.tied]) == (row in present):
+            yield f"{row.name} {'does not share' if row not in present else 'shares'} {row.tied}'s storage"
+
+
+def _epsilons(family: Family, config: Mapping[str, Any], model: Any) -> Iterator[str]:
+    for row, layer in family.named(config):
+        if row.role in ("norm", "post") and not row.is_bias:
+            how = family.normalisation(row)
+            module = model.get_submodule(row.at(layer).rpartition(".")[0])
+            eps = getattr(module, how.eps_attribute, None)
+            if eps != family.value(config, how.eps_key):
+                yield f"{row.at(layer)}: {how.eps_attribute} {eps}"
+
+
+def _differences(counted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    for name in sorted(counted.keys() | there.keys()):
+        if counted.get(name) != there.get(name):
+            table, model = (list(found[name]) if name in found else "nothing" for found in (counted, there))
+            yield f"{name}: {table} in the table, {model} there"

@@ -1,0 +1,22 @@
+"""What `make docs` makes is current, and every table has been proved as it is now."""
+
+import json
+from pathlib import Path
+from runpy import run_path
+
+from shearling.arch import families
+from shearling.conformance.page import stale
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_generated_pages_are_current() -> None:
+    for path, text in run_path(str(ROOT / "docs" / "generate.py"))["generated"]().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is not what the tables say: run `make docs`"
+
+
+def test_every_table_has_been_proved() -> None:
+    proofs = json.loads((ROOT / "benchmarks" / "conformance.json").read_text())
+    missing = [model_type for _, model_type in stale(families(), proofs)]
+    assert not missing, f"no proof of the tables of {missing}: run `make docs`"
+    assert not {model_type: proof["broken"] for model_type, proof in proofs.items() if proof["broken"]}
