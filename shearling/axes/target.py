@@ -46,7 +46,7 @@ def resolve_target(
     sizes that can't be cut to: all of them at once. `config`, the source's, has the flags on which some of that hangs.
     """
     wanted = _standard(family, source, wanted)
-    reasons = {**UNCUT, **_uncut(family, config or {})}
+    reasons = uncut(family, config or {})
     raise_all([error for key in wanted for error in _out_of_range(key, wanted[key], source, reasons)])
     sizes = _filled(family, source, wanted)
     rules = list(_rules(family, source))
@@ -78,9 +78,9 @@ def _standard(family: Family, source: Shape, wanted: Mapping[str, int]) -> dict[
     return found
 
 
-def _uncut(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
+def uncut(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
     """Axes along which this model can't be cut, and why."""
-    found: dict[str, str] = {}
+    found = dict(UNCUT)
     for words, reason in family.uncut.items():
         axis, _, flag = words.partition(" if ")
         if not flag or family.setting(config, flag):

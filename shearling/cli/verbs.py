@@ -97,6 +97,9 @@ def inspect_(model: Model, as_json: Json = False) -> None:
     print(f"{found['family']}, {found['parameters']:,} parameters, context {found['context_tokens']:,} tokens")
     print_table("shape", found["shape"])
     print_table("axes", found["axes"])
+    print(f"  can be cut along {', '.join(found['cut_along'])}")
+    for axis, reason in found["left_whole"].items():
+        print(f"  not along {axis}: {reason}")
     print_table("parameters", found["parameters_by_group"])
     print_table("memory", {k.removesuffix("_bytes"): in_bytes(v) for k, v in found.items() if k.endswith("_bytes")})
     per_token = {"KV-cache": in_bytes(found["kv_cache_bytes_per_token"]), "FLOPs, forward": found["flops_per_token"]}

@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shearling.axes.count import cache_bytes_per_token, expected_parameters, flops_per_token, parameters
 from shearling.axes.shape import Shape
-from shearling.conformance.exact import config_of, cut_model
+from shearling.conformance.exact import config_of
 from shearling.conformance.finding import Finding
-from shearling.conformance.model import Small
+from shearling.conformance.model import Small, on_meta
 from shearling.conformance.targets import Unit, random_cut
 from shearling.cut.extract import Cut
 
@@ -22,7 +22,7 @@ def counts(made: Small, targets: Mapping[Unit, Shape]) -> Iterator[Finding]:
     for unit, target in targets.items():
         kept, masks = random_cut(made.shape, target)
         cut = Cut(made.family, made.config, target, kept, masks)
-        there = _numel(cut_model(made, cut))
+        there = _numel(on_meta(config_of(cut)))
         yield _same("parameters", made, unit, parameters(made.family, config_of(cut)), there)
         certain = {axis: (mask > 0).float().tolist() for axis, mask in masks.items()}
         expected = expected_parameters(made.family, made.config, made.shape.axes, certain)

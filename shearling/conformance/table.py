@@ -8,6 +8,7 @@ from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.conformance.finding import Finding
 from shearling.conformance.model import build, on_meta, parsed
+from shearling.conformance.small import flags
 from shearling.weights.header import read_header
 
 SHOWN = 5
@@ -37,16 +38,20 @@ def names_on_disk(family: Family, config: Mapping[str, Any], folder: Path, name:
 
 
 def defaults(family: Family, model_type: str) -> Iterator[Finding]:
-    """Each default of the table against what transformers fills in, in a config that leaves out all that has one."""
+    """Each default of the table against what transformers fills in, in configs that leave out all that has one.
+
+    In one of them all flags are on: some defaults count only then.
+    """
     own = parsed({"model_type": model_type}).to_dict()
     required = {"hidden_size", "num_hidden_layers", "num_attention_heads"} - family.defaults.keys()
     names = (family.names.get(key, key) for key in sorted(required))
     bare = {"model_type": model_type, **{key: own[key] for key in names if key in own}}
-    filled = parsed(bare).to_dict()
-    for key in family.defaults:
-        counted = family.setting(bare, key)
-        wrong = key in filled and filled[key] is not None and counted != filled[key]
-        yield Finding("defaults", key, why=f"{counted} in the table, {filled[key]} in transformers" if wrong else "")
+    for config in (bare, {**bare, **dict.fromkeys(flags(family), True)}):
+        filled = parsed(config).to_dict()
+        for key in family.defaults.keys() - config.keys():
+            counted, there = family.setting(config, key), filled.get(key)
+            wrong = there is not None and counted != there
+            yield Finding("defaults", key, why=f"{counted} in the table, {there} in transformers" if wrong else "")
 
 
 def _sizes(family: Family, config: Mapping[str, Any], model: Any) -> Iterator[str]:

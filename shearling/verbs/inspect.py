@@ -9,11 +9,15 @@ from shearling.axes.axis import AXES
 from shearling.axes.cost import memory_bytes
 from shearling.axes.count import cache_bytes_per_token, flops_per_token, parameters, parameters_by_group
 from shearling.axes.shape import shape_of
+from shearling.axes.target import uncut
 from shearling.weights.config import read_config
 
 
 def inspect(model: str) -> dict[str, Any]:
-    """Family, shape, axes, parameters per group and memory of a model folder, a config file or a Hub id."""
+    """Family, shape, axes, parameters per group and memory of a model folder, a config file or a Hub id.
+
+    `cut_along` are the axes that it can be cut along, `left_whole` the others, each with the reason.
+    """
     path = Path(model).expanduser()
     if not path.exists() or path.suffix == ".gguf":
         from shearling.weights.folder import resolve
@@ -23,12 +27,16 @@ def inspect(model: str) -> dict[str, Any]:
     family = family_of(config)
     shape = shape_of(family, config)
     context = max_positions(config)
+    axes = {axis: size for axis, size in shape.axes.items() if axis in AXES}
+    reasons = uncut(family, config)
     return {
         "model": model,
         "family": family.name,
         "tied_embeddings": bool(family.setting(config, "tie_word_embeddings")),
         "shape": dict(shape),
-        "axes": {axis: size for axis, size in shape.axes.items() if axis in AXES},
+        "axes": axes,
+        "cut_along": [axis for axis in axes if axis not in reasons and axes[axis] > 1],
+        "left_whole": {axis: reasons[axis] for axis in axes if axis in reasons},
         "parameters": parameters(family, config),
         "parameters_by_group": parameters_by_group(family, config),
         "context_tokens": context,

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from small_models import MODEL_TYPES, Small, build, small, tokens
+from small_models import Small, build, small, tokens
 from torch import Tensor
 
 from shearling.arch.config import config_at
@@ -113,7 +113,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("axis", "way"), WAYS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_the_one_shot_cut_removes_the_dead(model_type: str, axis: str, way: str) -> None:
     made = small(model_type, biases=model_type == "llama")
     alive = kill(made, axis, way)

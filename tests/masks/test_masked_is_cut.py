@@ -3,65 +3,24 @@
 import json
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import MODEL_TYPES, Small, build, small, tokens
+from small_models import MODEL_TYPES, Small, small, tokens
 from transformers import AutoModelForCausalLM
 
 from shearling.arch import family_of
 from shearling.arch.config import config_at
 from shearling.axes.axis import MASKABLE, mask_shape
-from shearling.axes.index import Kept, places, select
 from shearling.axes.shape import Shape, shape_of
 from shearling.axes.target import resolve_target
+from shearling.conformance.exact import cut_model, masked_logits
+from shearling.conformance.finding import TOLERANCE
+from shearling.conformance.model import relative
+from shearling.conformance.targets import random_cut
 from shearling.cut.extract import Cut
 from shearling.masks.attach import Attached
-from shearling.masks.gates import cut_axes
 from shearling.weights.model import load_model, reader, save_model
-
-TOLERANCE = 1e-5  # of the largest logit, in fp32: what rounding leaves
-
-
-def random_cut(shape: Shape, target: Shape, seed: int) -> tuple[Kept, dict[str, torch.Tensor]]:
-    """Random entries kept, with random soft values in [0.01, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    axes = cut_axes(shape, target)
-    scores = {axis: torch.rand(mask_shape(axis, shape.axes), generator=generator) for axis in axes}
-    kept = select({axis: score.tolist() for axis, score in scores.items()}, source=shape, target=target)
-    masks = {}
-    for axis in axes:
-        soft = 0.01 + 0.99 * torch.rand(mask_shape(axis, shape.axes), generator=generator)
-        masks[axis] = torch.zeros_like(soft)
-        for place in places(axis, kept):
-            chosen = list(kept.along(axis, place))
-            masks[axis][place][chosen] = soft[place][chosen]
-    return kept, masks
-
-
-def masked_logits(made: Small, masks: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    attached = Attached(made.model, made.family, sizes=made.shape.axes, axes=tuple(masks), tied=made.tied)
-    attached.set(masks)
-    with torch.no_grad():
-        logits = made.model(ids).logits
-    attached.remove()
-    return logits
-
-
-def cut_model(made: Small, target: Shape, kept: Kept, masks: dict[str, torch.Tensor]) -> Any:
-    cut = Cut(made.family, made.config, target, kept, masks)
-    read = reader(made.model)
-    state = {row.at(layer): cut.tensor(row, layer, read) for row, layer in cut.rows()}
-    model = build(config_at(made.family, made.config, target, layers=kept.layers, dtype="float32"))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert missing == (["lm_head.weight"] if made.tied else [])
-    return model
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @st.composite
@@ -98,45 +57,11 @@ def cases(draw: Any) -> tuple[Small, Shape, int]:
 @given(cases())
 def test_masked_equals_cut_on_random_models(case: tuple[Small, Shape, int]) -> None:
     made, target, seed = case
-    kept, masks = random_cut(made.shape, target, seed)
+    kept, masks = random_cut(made.shape, target, seed=seed)
     ids = tokens(made.shape["vocab_size"])
     with torch.no_grad():
-        logits = cut_model(made, target, kept, masks)(ids).logits
+        logits = cut_model(made, Cut(made.family, made.config, target, kept, masks))(ids).logits
     assert relative(masked_logits(made, masks, ids), logits) < TOLERANCE
-
-
-SMALLER = {
-    "hidden": {"hidden_size": 12},
-    "layer": {"num_hidden_layers": 2},
-    "kv_head": {"num_key_value_heads": 1, "num_attention_heads": 2},
-    "group": {"num_attention_heads": 2},
-    "intermediate": {"intermediate_size": 7},
-}
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("axis", MASKABLE)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_masked_equals_cut_on_each_axis_alone(model_type: str, axis: str, tied: bool) -> None:
-    made = small(model_type, tied=tied, biases=True)
-    target, _ = resolve_target(made.family, made.shape, SMALLER[axis])
-    assert cut_axes(made.shape, target) == (axis,)
-    kept, masks = random_cut(made.shape, target, 3)
-    ids = tokens(made.shape["vocab_size"])
-    with torch.no_grad():
-        logits = cut_model(made, target, kept, masks)(ids).logits
-    assert relative(masked_logits(made, masks, ids), logits) < TOLERANCE
-
-
-def test_a_mask_is_not_without_effect() -> None:
-    """The comparison above could not pass with masks that do nothing."""
-    made = small("llama")
-    target, _ = resolve_target(made.family, made.shape, {"intermediate_size": 7})
-    _, masks = random_cut(made.shape, target, 3)
-    ids = tokens(made.shape["vocab_size"])
-    with torch.no_grad():
-        plain = made.model(ids).logits
-    assert relative(masked_logits(made, masks, ids), plain) > 0.01
 
 
 def test_masked_equals_cut_saved_and_reloaded_on_a_trained_model(shared, tmp_path) -> None:
@@ -146,10 +71,10 @@ def test_masked_equals_cut_saved_and_reloaded_on_a_trained_model(shared, tmp_pat
     shape = shape_of(family, config)
     wanted = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3}
     target, _ = resolve_target(family, shape, {**wanted, "intermediate_size": 100})
-    kept, masks = random_cut(shape, target, 0)
+    kept, masks = random_cut(shape, target, seed=0)
     model = load_model(folder)
     ids = tokens(512, length=64)
-    made = Small(config, family, shape, True, model)
+    made = Small("stories260K", family, config, shape, model)
     masked = masked_logits(made, masks, ids)
     cut = Cut(family, config, target, kept, masks)
     save_model(
@@ -166,22 +91,6 @@ def test_masked_equals_cut_saved_and_reloaded_on_a_trained_model(shared, tmp_pat
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
     with torch.no_grad():
         assert relative(masked, again(ids).logits) < TOLERANCE
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_an_identity_cut_gives_back_every_bit(model_type: str, tied: bool) -> None:
-    made = small(model_type, tied=tied, biases=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = made.model.to(dtype)
-        cut = Cut(made.family, made.config, made.shape, Kept({}, made.shape.axes))
-        read = reader(model)
-        rows = list(cut.rows())
-        assert {row.at(layer) for row, layer in rows} == set(dict(model.named_parameters()))
-        for row, layer in rows:
-            found = cut.tensor(row, layer, read)
-            assert found.dtype == dtype
-            assert torch.equal(found, model.get_parameter(row.at(layer)))
 
 
 def test_attaching_keeps_names_and_removing_brings_the_model_back() -> None:
