@@ -25,7 +25,7 @@ from shearling.conformance.table import table_is_model
 from shearling.conformance.targets import alone, together
 from shearling.conformance.training import compiled
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULT = HERE / "conformance.json"
 CONFIGS = HERE.parents[1] / "shared" / "data" / "configs"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from shearling.arch import described, families
 from shearling.conformance.page import families_page, readme_with
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PROOFS, DRAFTS = ROOT / "benchmarks" / "conformance.json", ROOT / "benchmarks" / "draft.json"
 
 

@@ -46,16 +46,23 @@ def dead_units(made: Small, targets: Mapping[Unit, Shape]) -> Iterator[Finding]:
 
 @torch.no_grad()
 def kill(made: Small, alive: Mapping[str, Tensor]) -> None:
-    """Sets to 0 what the entries that aren't alive write into the stream, in place.
+    """Sets to 0, in place, what the entries that aren't alive put into anything. `alive` is 0 or 1, [*within, size].
 
     Under LayerNorm the writers are centred over what is left: else its mean would move with the cut.
     """
     found = factors(made.family, tied=made.tied)
     for row, layer in made.family.named(made.config):
-        parameter = made.model.get_parameter(row.at(layer))
+        offset = made.family.normalisation(row).offset if row.role in ("norm", "post") and not row.is_bias else 0.0
+        weight = made.model.get_parameter(row.at(layer))
         for factor in found.get(row, ()):
-            if factor.axis in alive and factor.when == "always" and factor.part == "soft":
-                parameter.mul_(_along(made, row, factor, alive[factor.axis], layer))
+            if factor.axis not in alive or factor.when == "cut" or factor.part == "count":
+                continue
+            mask = _along(made, row, factor, alive[factor.axis], layer)
+            if factor.part == "centre":
+                assert factor.dim is not None
+                weight.sub_(weight.sum(factor.dim, keepdim=True) / mask.sum() * mask)
+            else:
+                weight.add_(offset).mul_(mask).sub_(offset)
 
 
 def claims_logits(made: Small, unit: Unit) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, T5Config
+from transformers import AutoTokenizer, BertConfig, LlavaConfig, T5Config
 
 from shearling.errors import UserError
 from shearling.recipe import Data, Eval, Prune, validated
@@ -92,7 +92,20 @@ def an_encoder_decoder(folder: Path) -> None:
 
 
 def an_unknown_family(folder: Path) -> None:
-    (folder / "config.json").write_text(GPT2Config().to_json_string())
+    (folder / "config.json").write_text(BertConfig().to_json_string())
+
+
+def a_vision_language_model(folder: Path) -> None:
+    (folder / "config.json").write_text(LlavaConfig().to_json_string())
+
+
+def quantised(folder: Path) -> None:
+    edit(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+
+
+def an_adapter(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
 
 
 def code_in_config(folder: Path) -> None:
@@ -158,6 +171,16 @@ def another_size(folder: Path) -> None:
     edit(folder / "config.json", intermediate_size=40)
 
 
+def more_layers(folder: Path) -> None:
+    edit(folder / "config.json", num_hidden_layers=4)
+
+
+def other_biases(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name.replace(".weight", ".bias"): w[:, 0].clone() for name, w in weights.items() if "_proj" in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def too_many_ids(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
@@ -175,7 +198,13 @@ def another_tokenizer(folder: Path) -> None:
     ("damage", "parts"),
     [
         (an_encoder_decoder, ["is_encoder_decoder", "decoder-only", "choose another model"]),
-        (an_unknown_family, ["model_type: found 'gpt2'; expected one of llama"]),
+        (an_unknown_family, ["model_type: found 'bert'; expected one of llama"]),
+        (
+            a_vision_language_model,
+            ["found 'llava', a model with vision_config beside its text", "as llama, and shear it"],
+        ),
+        (quantised, ["field quantization_config: found weights quantised by AWQ", "its name without -GPTQ, -AWQ"]),
+        (an_adapter, ["found an adapter (adapter_config.json)", "merge the adapter into its model first"]),
         (code_in_config, ["config.json, field auto_map", "never runs", "choose another model"]),
         (code_in_tokenizer_config, ["tokenizer_config.json, field auto_map", "never runs"]),
         (code_in_generation_config, ["generation_config.json, field nested.0.auto_map", "never runs"]),
@@ -190,6 +219,8 @@ def another_tokenizer(folder: Path) -> None:
         (another_dtype, ["field dtype: found bfloat16 in config.json and float32 in the weights", "pass --dtype"]),
         (a_missing_tensor, [f"1 tensors not there: {WEIGHT}", "that belong together"]),
         (another_size, ["found shape [48, 32]; expected [40, 32], by config.json", "that belong together"]),
+        (more_layers, ["found 9 tensors not there: model.layers.3.", "the 39 tensors of a Llama of this config"]),
+        (other_biases, ["found 21 tensors unknown: model.layers.0.", "get config and weights that belong together"]),
         (too_many_ids, ["tokenizer of", "ids; expected at most", "the rows of the embedding"]),
         (another_tokenizer, ["token store", "tokens made with the tokenizer 'tiny'", "prepare the data again"]),
     ],
@@ -212,7 +243,9 @@ def test_a_dtype_that_was_asked_for_settles_the_quarrel(call, copied, verb):
     ("damage", "parts"),
     [
         (an_encoder_decoder, ["is_encoder_decoder"]),
-        (an_unknown_family, ["model_type: found 'gpt2'"]),
+        (an_unknown_family, ["model_type: found 'bert'"]),
+        (a_vision_language_model, ["found 'llava', a model with vision_config beside its text"]),
+        (quantised, ["weights quantised by AWQ"]),
         (code_in_config, ["config.json, field auto_map"]),
         (code_in_generation_config, ["generation_config.json, field nested.0.auto_map"]),
     ],

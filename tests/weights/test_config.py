@@ -35,14 +35,33 @@ def test_a_config_file_by_any_name(tmp_path):
         ({"text_config": {"_experts_implementation_internal": "x"}}, "which Shearling never runs"),
         ({"attn_implementation": "evil/kernel"}, "which Shearling never runs"),
         ({"_attn_implementation": {"text": "evil/kernel"}}, "which Shearling never runs"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "field quantization_config: .*plain weights"),
-        ({"text_config": {"quantization_config": {}}}, "get the model's plain weights"),
+        ({"text_config": {"quantization_config": {}}}, "by a method that it doesn't name; expected plain weights"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
     ],
 )
 def test_refused_configs(model, config, message):
     with pytest.raises(UserError, match=message):
         read_config(model({}, config=config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "change"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ", "get the upload that it was quantised from: its name without"),
+        ({"quant_method": "awq"}, "AWQ", "get the upload that it was quantised from"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes", r"from_pretrained\(MODEL\)\.dequantize\(\)"),
+        ({"load_in_4bit": True}, "bitsandbytes", r"from_pretrained\(MODEL\)\.dequantize\(\), then save_pretrained"),
+        ({"quant_method": "fp8", "fmt": "e4m3"}, "FP8", r"FineGrainedFP8Config\(dequantize=True\)"),
+        ({"quant_method": "mxfp4"}, "MXFP4", r"quantization_config=Mxfp4Config\(dequantize=True\)\), then save_pret"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors", r"CompressedTensorsConfig\(dequantize=True\)"),
+        ({"quant_method": "new"}, "new", "get the upload that it was quantised from"),
+        ("x", "a method that it doesn't name", "get the upload"),
+    ],
+)
+def test_quantised_weights_are_told_how_to_become_plain(model, settings, found, change):
+    message = f"field quantization_config: found weights quantised by {found}; expected plain weights .*; .*{change}"
+    with pytest.raises(UserError, match=message):
+        read_config(model({}, config={"quantization_config": settings}))
 
 
 def test_bytes_that_arent_text(model):
