@@ -89,9 +89,9 @@ def _section(family: Family, proofs: Proofs) -> Iterator[str]:
             yield f"- `{model_type}` is not proved yet"
             continue
         named = ", ".join(f"{name} ({count:,})" for name, count in found["configs"].items())
-        yield f"- `{model_type}`: {named}"
+        yield f"- `{model_type}`: {len(found['small'])} small random models; {named}"
         check, error = max(found["errors"].items(), key=lambda pair: pair[1])
-        yield f"  - largest error {error:.1e} ({check}), {found['findings']} findings, {found['seconds']:.0f} s"
+        yield f"  - largest error {error:.1e} ({check}), {found['findings']} findings, {found['seconds']:.0f} s of CPU"
         yield from (f"  - not held: {line}" for line in found["broken"])
     yield from (f"- limit: {line}" for line in _limits(family))
 
@@ -114,7 +114,8 @@ def _axes(family: Family, proofs: Proofs) -> str:
 
 
 def _range(family: Family, proofs: Proofs) -> str:
-    counts = [n for model_type in family.model_types for n in proofs.get(model_type, {}).get("configs", {}).values()]
+    found = [proofs[model_type] for model_type in family.model_types if model_type in proofs]
+    counts = [n for proof in found for n in (*proof["small"], *proof["configs"].values())]
     return f"{min(counts):,} to {max(counts):,}" if counts else ""
 
 
