@@ -21,6 +21,8 @@ from shearling.conformance.table import defaults, names_on_disk, table_is_model
 from shearling.conformance.targets import Unit, alone, together
 from shearling.conformance.training import RELAXATIONS, in_bfloat16, loss_is_the_models, prune_and_heal
 
+Configs = Mapping[str, Mapping[str, Any]]  # raw ones, by name
+
 # What can be asked for: the table alone, axes cut one by one, training, a fresh process that loads the cut.
 CHECKS = ("table", "axes", "training", "reload")
 
@@ -59,33 +61,35 @@ def prove(
     family: Family,
     *,
     model_type: str = "",
-    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    configs: Configs | None = None,
     checks: Collection[str] = CHECKS,
 ) -> Proof:
-    """Tries everything on small random models: `telling`'s, unless other configs are given.
+    """Tries everything on small random models. `configs`, raw and by name, are tried instead of those derived.
 
     Each axis, or coupling, is tried alone first; only what held is then cut together, trained and loaded again. What a
     check raises is a claim that did not hold, not an error. A table that isn't the model's is tried no further.
     """
     model_type, started = model_type or family.model_types[0], process_time()
     chosen = telling(family, model_type) if configs is None else configs
-    findings = list(_table(family, model_type, chosen)) if "table" in checks else []
+    others = (
+        {} if configs else {"defaults": shortened(family, default(family, model_type)), **small(family, model_type)}
+    )
+    findings = list(_table(family, model_type, chosen, others)) if "table" in checks else []
     if all(finding.held for finding in findings):
         findings += _models(family, chosen, checks)
     return Proof(family, model_type, tuple(findings), process_time() - started)
 
 
-def _table(family: Family, model_type: str, chosen: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+def _table(family: Family, model_type: str, chosen: Configs, others: Configs) -> Iterator[Finding]:
     yield from _tried(model_type, defaults, family, model_type)
-    configs = {"defaults": shortened(family, default(family, model_type)), **small(family, model_type), **chosen}
-    for name, config in configs.items():
+    for name, config in {**others, **chosen}.items():
         yield from _tried(name, table_is_model, family, config, name)
     for name, config in chosen.items():
         with TemporaryDirectory() as folder:
             yield from _tried(name, names_on_disk, family, config, Path(folder), name)
 
 
-def _models(family: Family, chosen: Mapping[str, Mapping[str, Any]], checks: Collection[str]) -> Iterator[Finding]:
+def _models(family: Family, chosen: Configs, checks: Collection[str]) -> Iterator[Finding]:
     with TemporaryDirectory() as there:
         saved: dict[str, Path] = {}
         for number, (name, config) in enumerate(chosen.items()):

@@ -6,10 +6,15 @@ import pytest
 
 from shearling.arch import family_of
 from shearling.axes.spec import Family, Normalisation
-from shearling.conformance.proof import prove
+from shearling.conformance.proof import Proof, prove
+from shearling.conformance.small import telling
 
 LLAMA = family_of({"model_type": "llama"})
-IN_PROCESS = ("table", "axes")
+CONFIGS = dict(list(telling(LLAMA).items())[:1])
+
+
+def proof_of(family: Family) -> Proof:
+    return prove(family, configs=CONFIGS, checks=("table", "axes"))
 
 
 def rewritten(old: str, new: str, family: Family = LLAMA) -> Family:
@@ -57,12 +62,12 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_table_is_not_proved(wrong: str) -> None:
     family, axes = WRONG[wrong]
-    proof = prove(family, checks=IN_PROCESS)
+    proof = proof_of(family)
     assert proof.broken
     assert not set(axes) & set(proof.axes)
 
 
 def test_the_right_one_is() -> None:
-    proof = prove(LLAMA, checks=IN_PROCESS)
+    proof = proof_of(LLAMA)
     assert not proof.broken, [str(finding) for finding in proof.broken]
     assert proof.axes == ("hidden", "layer", "kv_head", "group", "intermediate")
