@@ -35,10 +35,6 @@ WRONG = {
         replace(LLAMA, norms=Normalisation("variance_epsilon", "rms_norm_eps", offset=1.0)),
         ("hidden",),
     ),
-    "a mean that norms don't take": (
-        replace(LLAMA, norms=Normalisation("variance_epsilon", "rms_norm_eps", centred=True)),
-        ("hidden",),
-    ),
     "another epsilon": (
         replace(LLAMA, norms=Normalisation("variance_epsilon", "initializer_range")),
         ("hidden", "layer", "intermediate"),
