@@ -78,7 +78,7 @@ class Steps:
             options = Options(relaxation=relaxation)
             gates = make_gates(shape, target, scores=scores, options=options, steps=1000, seed=0)
             assert gates.axes == MASKABLE
-            self.term = LearnedMasks(Attached(self.model, family, sizes=shape.axes, axes=gates.axes, tied=True), gates)
+            self.term = LearnedMasks(Attached(self.model, family, config=config, axes=gates.axes), gates)
             self.optimizers += gates.optimizers()
         if compiled:
             self.model.base_model.compile()

@@ -46,7 +46,7 @@ def one_shot(source: Source, store: Store, folder: Path) -> Any:
     target, _ = resolve_target(source.family, source.shape, {key: source.shape[key] // 2 for key in HALVED})
     model = load_model(source.folder)
     calibration = Feed(store, SEQ_LEN, SEQUENCES, 0).calibration(32, dict.fromkeys(store.domains, 1.0))
-    found = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
+    found = measure(model, source.family, config=source.config, batches=calibration)
     scores = {axis: score.tolist() for axis, score in found.scores.items()}
     kept = select(scores, source=source.shape, target=target)
     cut = Cut(source.family, source.config, target, kept, norm_scales=found.norm_scales(kept))

@@ -1,11 +1,22 @@
-"""The masked model written out in float64, masks on activations, norms of its own: what gradients are held against."""
+"""The masked model in float64, what gradients are held against.
 
+Of the Llama kind it is written out, masks on activations, norms of its own; of any family it is transformers' own
+model, the masks multiplied into its parameters by plain products that autograd differentiates.
+"""
+
+from copy import deepcopy
 from typing import Any
 
 import torch
 from small_models import Small
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
+
+from shearling.axes.axis import is_per_layer
+from shearling.axes.factors import Factor, factors
+from shearling.axes.index import positions
+from shearling.axes.table import Tensor as Row
 
 TOLERANCE = 2e-5  # of a gradient's norm: the model under test computes in fp32
 
@@ -65,6 +76,42 @@ def reference_loss(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], aliv
     """Its mean cross-entropy on ids [B, T + 1]."""
     logits = reference_logits(made, w, z, alive, ids[:, :-1])
     return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def folded_loss(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], k: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """The mean cross-entropy on ids [B, T + 1] of any family's model under masks z and their supports k."""
+    model, found = deepcopy(made.model).double().eval(), factors(made.family, tied=made.tied)
+    parameters = {**w, **{row.name: w[row.tied] for row in made.family.tensors if row.tied and made.tied}}
+    for row, layer in made.family.named(made.config):
+        kind = made.family.normalisation(row) if row.role in ("norm", "post") and not row.is_bias else None
+        offset = kind.offset if kind else 0.0
+        weight, share = w[row.at(layer)] + offset, torch.ones((), dtype=torch.float64)
+        mine = {part: [f for f in found.get(row, ()) if f.part == part and f.when != "cut"] for part in PARTS}
+        for f in mine["soft"] + mine["support"]:
+            weight = weight * _spread(made, row, f, z if f.part == "soft" else k, layer)
+        for f in mine["count"]:
+            share = share * _spread(made, row, f, k, layer).detach()
+        for f in mine["centre"]:
+            sums = weight.sum(0 if f.dim is None else f.dim, keepdim=True)
+            weight = weight - _spread(made, row, f, k, layer) * sums / k[f.axis].detach().sum()
+        if kind and mine["count"]:
+            norm = model.get_submodule(row.at(layer).removesuffix(".weight"))
+            setattr(norm, kind.eps_attribute, getattr(norm, kind.eps_attribute) * float(share.mean()))
+        parameters[row.at(layer)] = weight * share.mean() ** 0.5 - offset
+    logits = functional_call(model, parameters, (ids[:, :-1],), tie_weights=False).logits
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+PARTS = ("soft", "support", "count", "centre")
+
+
+def _spread(made: Small, row: Row, f: Factor, masks: dict[str, Tensor], layer: int | None) -> Tensor:
+    """A mask along its dim of a row, shaped to multiply it."""
+    mask = masks[f.axis] if layer is None or not is_per_layer(f.axis) else masks[f.axis][layer]
+    if f.dim is None:
+        return mask
+    along = mask.reshape(-1)[torch.tensor(positions(row.dims[f.dim], f.axis, made.shape.axes))]
+    return along.reshape([-1 if dim == f.dim else 1 for dim in range(len(row.dims))])
 
 
 def copied(parameters: Any) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 import torch
 
-from shearling.arch import family_of
+from shearling.arch import families, family_of
 from shearling.conformance.model import Small as Small
 from shearling.conformance.model import build as build
-from shearling.conformance.model import random_model
+from shearling.conformance.model import parsed, random_model
 from shearling.conformance.model import tokens as tokens
+from shearling.conformance.small import telling
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+OTHERS = tuple(t for family in families() for t in family.model_types if t not in LLAMAS)
 FLAGS = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
 
 
@@ -46,3 +48,12 @@ def small(
     made = random_model(family_of(config), config, name=model_type, seed=seed)
     made.model.to(dtype)
     return made
+
+
+def small_of_any(model_type: str, *, tied: bool) -> Small:
+    """A model of any type, without dropout: tied, without what flags bring, or untied with it."""
+    family = family_of({"model_type": model_type})
+    config = list(telling(family, model_type).values())[tied]
+    made = parsed(config).to_dict()
+    config |= {key: 0.0 for key in made if key.endswith(("dropout", "pdrop"))}
+    return random_model(family, config, name=model_type)

@@ -5,6 +5,7 @@ The rules, and what was measured of them, are in docs/architecture.md. A mask's 
 them there. The norms see the smaller model.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from shearling.axes.axis import MASKABLE
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor
 
+Part = Literal["soft", "support", "count", "centre"]
 When = Literal["always", "masked", "cut"]
 
 
@@ -19,14 +21,16 @@ When = Literal["always", "masked", "cut"]
 class Factor:
     """A mask along `axis`, to a power, multiplies a tensor along its dimension `dim` (None: all of it).
 
-    `part` is what of the mask: its `soft` value, or the `count` m of its support, as sqrt(m / D), on a norm's weight
-    (whose epsilon then takes m / D). `when`: while `masked`, at the `cut`, or `always`. `output` moves the factor,
-    while masked, from the tensor to what its module gives: an embedding's rows are far fewer when looked up.
+    `part` is what of the mask. `soft`: its value. `support`: 1 where it isn't 0. `count`: sqrt(m / D), m of the axis's
+    D entries being in the support; on a norm's weight, its epsilon then takes m / D. `centre`: no factor but the
+    matrix I - k 1^T / m, k the support, which takes the kept entries' mean off what the soft mask left.
+    `when`: while `masked`, at the `cut`, or `always`. `output` moves the factor, while masked, from the tensor to what
+    its module gives: an embedding's rows are far fewer when looked up.
     """
 
     axis: str
     dim: int | None
-    part: Literal["soft", "count"] = "soft"
+    part: Part = "soft"
     power: int = 1
     when: When = "always"
     output: bool = False
@@ -34,20 +38,70 @@ class Factor:
 
 def factors(family: Family, *, tied: bool) -> dict[Tensor, tuple[Factor, ...]]:
     """The factors of each row of the family's table, those without any left out."""
-    found = {tensor: _factors(tensor, family, tied) for tensor in family.tensors}
-    return {tensor: some for tensor, some in found.items() if some}
+    below = dict(_normalised(family))
+    found = {row: tuple(_factors(row, family, tied, below.get(row))) for row in family.tensors}
+    return {row: some for row, some in found.items() if some}
 
 
-def _factors(tensor: Tensor, family: Family, tied: bool) -> tuple[Factor, ...]:
-    if tensor.role == "embed":
-        return (Factor("hidden", dim=1, output=True),)
-    if tensor.role == "write":
-        rows = (Factor("hidden", dim=0), Factor("layer", dim=None))
-        inner = tensor.dims[1].axes() if len(tensor.dims) == 2 else ()
-        return rows + tuple(Factor(axis, dim=1) for axis in inner if axis in MASKABLE)
-    if tensor.role == "norm" and tensor.dims[0].axes() == ("hidden",):
-        count = (Factor("hidden", dim=0, part="count", when="masked"),)
-        # A tied table takes the mask for the embedding's sake; before the head the norm takes it back.
-        feeds_tied = tied and any(reader.tied for reader in family.readers(tensor.name))
-        return count + ((Factor("hidden", dim=0, power=-1, when="cut"),) if feeds_tied else ())
-    return ()
+def _normalised(family: Family) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows whose product goes straight into a norm, biases with their weights, each with that norm."""
+    above: list[Tensor] = []
+    for row in family.tensors:
+        if row.role == "post" or (row.role == "norm" and row.stream is None and not row.is_bias):
+            yield from ((before, row) for before in above)
+        above = [*above, row] if row.is_bias else [row]
+
+
+def _factors(row: Tensor, family: Family, tied: bool, below: Tensor | None) -> Iterator[Factor]:
+    if row.role == "embed":
+        yield Factor("hidden", dim=row.stream, output=True)
+        yield from _centre(row, family)
+        if row.scaled:  # by a constant that the cut's smaller size makes smaller
+            yield Factor(row.scaled, dim=None, part="count", power=-1, when="cut")
+    elif row.role == "write":
+        yield from _written(row, family) if below is None else [Factor("hidden", row.stream, "support", when="masked")]
+        if row.input is not None:
+            yield from (Factor(axis, dim=row.input) for axis in _maskable(row, row.input))
+    elif row.role == "post":
+        yield from (Factor("hidden", dim=0), Factor("layer", dim=None))
+        if not row.is_bias:
+            yield Factor("hidden", dim=0, part="count", when="masked")
+    elif row.role == "read" and below is not None:
+        yield from (Factor(axis, _output(row), "support", when="masked") for axis in _maskable(below, 0))
+    elif row.role == "norm":
+        yield from _norm(row, family, tied)
+
+
+def _written(row: Tensor, family: Family) -> Iterator[Factor]:
+    yield Factor("hidden", dim=row.stream)
+    yield Factor("layer", dim=None)
+    yield from _centre(row, family)
+
+
+def _centre(row: Tensor, family: Family) -> Iterator[Factor]:
+    """Where norms take the mean off, it must be the mean of what stays; the cut's own norms see to that."""
+    if any(family.normalisation(norm).centred for norm in family.role("norm") if norm.stream is not None):
+        yield Factor("hidden", row.stream, "centre", when="masked", output=row.role == "embed")
+
+
+def _norm(row: Tensor, family: Family, tied: bool) -> Iterator[Factor]:
+    axes = ("hidden",) if row.stream is not None else _maskable(row, 0)
+    # A bias would put something into entries that are gone; it is no average, so no count makes it right.
+    part = "support" if row.is_bias else "count"
+    yield from (Factor(axis, dim=0, part=part, when="masked") for axis in axes)
+    # A tied table takes the mask for the embedding's sake; before the head the norm takes it back.
+    weight = row.name.removesuffix("bias") + "weight" if row.is_bias else row.name
+    shared = [reader.tied for reader in family.readers(weight) if reader.tied]
+    if tied and shared:
+        yield Factor("hidden", dim=0, power=-1, when="cut")
+        table = next(embed for embed in family.role("embed") if embed.name == shared[0])
+        if table.scaled:
+            yield Factor(table.scaled, dim=None, part="count", when="cut")
+
+
+def _output(row: Tensor) -> int:
+    return 0 if row.output is None else row.output
+
+
+def _maskable(row: Tensor, dim: int) -> tuple[str, ...]:
+    return tuple(axis for axis in row.dims[dim].axes() if axis in MASKABLE)

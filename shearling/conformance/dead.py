@@ -31,7 +31,7 @@ def dead_units(made: Small, targets: Mapping[Unit, Shape]) -> Iterator[Finding]:
         kill(killed, {axis: (mask > 0).float() for axis, mask in masks.items()})
         ids = made.ids(seed=9)
         batches = [made.ids(seed=seed) for seed in range(3)]
-        found = measure(killed.model, made.family, sizes=made.shape.axes, batches=batches, tied=made.tied)
+        found = measure(killed.model, made.family, config=made.config, batches=batches)
         chosen = select({a: s.tolist() for a, s in found.scores.items()}, source=made.shape, target=target)
         wrong = sorted(axis for axis in unit if chosen.choices[axis] != kept.choices[axis])
         yield Finding("dead units go first", made.name, unit, why=", ".join(wrong))

@@ -53,7 +53,7 @@ def _identity_in(made: Small, dtype: torch.dtype) -> Finding:
 
 def masked_logits(made: Small, masks: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     """The model's logits on ids [B, T] with these masks attached."""
-    attached = Attached(made.model, made.family, sizes=made.shape.axes, axes=tuple(masks), tied=made.tied)
+    attached = Attached(made.model, made.family, config=made.config, axes=tuple(masks))
     try:
         attached.set(masks)
         return made.logits(ids)

@@ -85,11 +85,10 @@ class _Constant:
 
 def _learned(student: Small, target: Shape, relaxation: str) -> LearnedMasks:
     batches = [student.ids(seed=seed) for seed in range(2)]
-    axes = student.shape.axes
-    scores = measure(student.model, student.family, sizes=axes, batches=batches, tied=student.tied).scores
+    scores = measure(student.model, student.family, config=student.config, batches=batches).scores
     options = Options(relaxation=relaxation)  # type: ignore[arg-type]
     gates = make_gates(student.shape, target, scores=scores, options=options, steps=STEPS, seed=0)
-    attached = Attached(student.model, student.family, sizes=axes, axes=gates.axes, tied=student.tied)
+    attached = Attached(student.model, student.family, config=student.config, axes=gates.axes)
     return LearnedMasks(attached, gates)
 
 
@@ -129,7 +128,7 @@ def _masked_step(
     """One loss and its gradients, of weights and of masks, under random masks."""
     copy = random_model(made.family, made.config, name=made.name)
     masks = {axis: mask.requires_grad_() for axis, mask in random_cut(made.shape, target)[1].items()}
-    attached = Attached(copy.model, made.family, sizes=made.shape.axes, axes=tuple(masks), tied=made.tied)
+    attached = Attached(copy.model, made.family, config=made.config, axes=tuple(masks))
     attached.set(masks)
     if backend:
         torch._dynamo.reset()

@@ -38,10 +38,10 @@ class Cut:
         tied = bool(self.family.setting(self.config, "tie_word_embeddings"))
         weight = slice_kept(read(row, source_layer), row, self.kept, source_layer)
         found = factors(self.family, tied=tied).get(row, ())
-        weight = fold_factors(weight, row, found, kept=self.kept, masks=self.masks, layer=source_layer)
+        offset = 0.0 if row.role not in ("norm", "post") or row.is_bias else self.family.normalisation(row).offset
+        weight = fold_factors(weight, row, found, kept=self.kept, masks=self.masks, layer=source_layer, offset=offset)
         scale = self.norm_scales.get(row.at(source_layer))
         if scale is not None:
-            offset = self.family.normalisation(row).offset
             weight = scale * (weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset) - offset
         assert tuple(weight.shape) == row.shape(self.shape.axes), (row.name, weight.shape)
         return weight

@@ -28,21 +28,26 @@ def fold_factors(
     kept: Kept,
     masks: Mapping[str, Tensor],
     layer: int | None,
+    offset: float = 0.0,
 ) -> Tensor:
-    """A sliced tensor times the soft masks that belong on it, in fp32 at least; as it is where none does.
+    """A sliced tensor times what belongs on it, in fp32 at least; as it is where nothing does.
 
-    `masks` are the source's, by axis, [*within, size]; axes without one take no factor.
+    `masks` are the source's, by axis, [*within, size]; axes without one take no factor. `offset` is what the tensor
+    lacks of the one that counts.
     """
-    mine = [f for f in found if f.axis in masks and f.part == "soft" and f.when != "masked"]
+    mine = [f for f in found if f.when != "masked" and (f.axis in (kept.choices if f.part == "count" else masks))]
     if not mine:
         return weight
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
     for factor in mine:
+        if factor.part == "count":
+            weight = weight * (kept.counts()[factor.axis] / kept.source[factor.axis]) ** (0.5 * factor.power)
+            continue
         vector = _along(row, factor, kept, masks[factor.axis], layer).to(weight.dtype) ** factor.power
         if factor.dim is not None:
             vector = vector.reshape([-1 if dim == factor.dim else 1 for dim in range(weight.dim())])
         weight = weight * vector
-    return weight
+    return weight - offset
 
 
 def _along(row: Row, factor: Factor, kept: Kept, mask: Tensor, layer: int | None) -> Tensor:

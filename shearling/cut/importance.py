@@ -5,7 +5,7 @@ Like Minitron (arXiv 2407.14679, section 2.2), but each unit's activation is wei
 Layers by block influence (ShortGPT, arXiv 2403.03853, eq. 1).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,34 +15,48 @@ from torch.nn import functional
 
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.axes.index import Kept, positions
+from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm over an axis that can be cut: its row, its layer, and what calibration found of its inputs x.
+
+    `energy` is the mean over tokens of x^2 / (ms + eps), ms their mean square at each token, [entries], in float64; of
+    a centred norm x is what it has when the mean is off.
+    """
+
+    row: Row
+    layer: int | None
+    energy: Tensor
 
 
 @dataclass(frozen=True)
 class Importance:
     """What calibration found, on the CPU in float64.
 
-    `scores` by axis, [*within, size], each at least 0. `energy` by the name of a norm over the hidden axis: the mean
-    of x^2 / (ms + eps) for each of its inputs x, [hidden], ms being their mean square at each token.
+    `scores` by axis, [*within, size], each at least 0; `norms` by the norm's name.
     """
 
     scores: dict[str, Tensor]
-    energy: dict[str, Tensor]
+    norms: dict[str, Norm]
 
     def norm_scales(self, kept: Kept) -> dict[str, float]:
         """By norm, how much its denominator grows at the cut, in the root mean square over tokens.
 
-        With x over all channels D, or over the kept ones K: (ms_K + eps) / (ms_D + eps), where the energy gives
+        With x over all entries D, or over the kept ones K: (ms_K + eps) / (ms_D + eps), where the energy gives
         ms_K / (ms_D + eps), and what it lacks of 1 on average is eps / (ms_D + eps). Multiplied into the norm's weight
         it gives the cut model's readers inputs of the size that they had.
         """
-        if "hidden" not in kept.choices:
-            return {}
-        channels = torch.tensor(kept.along("hidden"))
-        return {
-            name: float((energy[channels].mean() + 1 - energy.mean()).sqrt()) for name, energy in self.energy.items()
-        }
+        scales = {}
+        for name, norm in self.norms.items():
+            if norm.layer is None or norm.layer in kept.layers:
+                entries = kept.rows(norm.row.dims[0], norm.layer)
+                if entries is not None:
+                    scales[name] = float((norm.energy[entries].mean() + 1 - norm.energy.mean()).sqrt())
+        return scales
 
 
 class _Collector:
@@ -62,12 +76,12 @@ class _Collector:
 
 
 @torch.no_grad()
-def measure(
-    model: nn.Module, family: Family, *, sizes: dict[str, int], batches: Iterable[Tensor], tied: bool
-) -> Importance:
+def measure(model: nn.Module, family: Family, *, config: Mapping[str, Any], batches: Iterable[Tensor]) -> Importance:
     """Scores from one pass of the plain model over `batches` of ids, each [B, T]."""
     seen = _Collector()
-    handles = list(_watch(model, family, sizes, seen))
+    sizes = shape_of(family, config).axes
+    rows = list(family.named(config))
+    handles = list(_watch(model, family, rows, sizes, seen))
     device = next(model.parameters()).device
     try:
         for ids in batches:
@@ -75,42 +89,54 @@ def measure(
     finally:
         for handle in handles:
             handle.remove()
-    scores = {axis: torch.zeros(mask_shape(axis, sizes), dtype=torch.float64) for axis in MASKABLE}
-    weights = dict(model.named_parameters())
-    energy = {name: seen.mean(name) for name in seen.sums if name in _norms(family, sizes)}
-    scores["hidden"] = _hidden_scores(family, sizes, energy, weights, tied)
-    for row in family.role("write"):
-        if len(row.dims) == 2:
-            _inner_scores(row, sizes, seen, weights, scores)
+    scores = {axis: torch.zeros(mask_shape(axis, sizes), dtype=torch.float64) for axis in MASKABLE if axis in sizes}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    scores["hidden"] = _hidden_scores(family, rows, seen, weights)
+    for row, layer in rows:
+        if row.role == "write" and row.input is not None:
+            _inner_scores(row, layer, sizes, seen, weights, scores)
     for layer in range(sizes["layer"]):
         scores["layer"][layer] = seen.mean(f"influence {layer}").squeeze()
-    return Importance(scores, energy)
-
-
-def _norms(family: Family, sizes: dict[str, int]) -> dict[str, tuple[Row, int | None]]:
-    """The norms over the hidden axis, each with its layer, by their names on the module."""
-    return {
-        row.at(layer): (row, layer)
-        for row in family.role("norm")
-        if row.dims[0].axes() == ("hidden",)
-        for layer in (range(sizes["layer"]) if row.per_layer else (None,))
+    norms = {
+        row.at(layer): Norm(row, layer, seen.mean(f"energy {row.at(layer)}"))
+        for row, layer in rows
+        if _runs_over_a_cut_axis(row)
     }
+    return Importance(scores, norms)
 
 
-def _watch(model: nn.Module, family: Family, sizes: dict[str, int], seen: _Collector) -> Iterable[Any]:
-    """Hooks on the inputs of norms and of residual writers, and on both ends of each block."""
-    for name, (row, _) in _norms(family, sizes).items():
-        norm = model.get_submodule(name.removesuffix(".weight"))
-        eps = float(getattr(norm, family.normalisation(row).eps_attribute))
+def _runs_over_a_cut_axis(row: Row) -> bool:
+    over = {axis for axis in row.dims[0].axes() if axis in MASKABLE}
+    return row.role in ("norm", "post") and not row.is_bias and bool(over)
 
-        def normalised(_: nn.Module, args: tuple[Tensor, ...], name: str = name, eps: float = eps) -> None:
-            squares = args[0].float().square()
-            seen.add(name, squares / (squares.mean(-1, keepdim=True) + eps))
 
-        yield norm.register_forward_pre_hook(normalised)
-    for row in family.role("write"):
-        for layer in range(sizes["layer"]) if len(row.dims) == 2 else ():
-            name = row.at(layer)
+def _reads_the_stream(row: Row) -> bool:
+    return row.role in ("read", "route") and row.input is not None and not row.norm
+
+
+def _watch(
+    model: nn.Module, family: Family, rows: list[tuple[Row, int | None]], sizes: dict[str, int], seen: _Collector
+) -> Iterator[Any]:
+    """Hooks on the inputs of norms, of residual writers and of what reads the bare stream, and around each block."""
+    for row, layer in rows:
+        name = row.at(layer)
+        if _runs_over_a_cut_axis(row):
+            norm = model.get_submodule(name.removesuffix(".weight"))
+            kind = family.normalisation(row)
+            eps = float(getattr(norm, kind.eps_attribute))
+
+            def normalised(
+                _: nn.Module, args: tuple[Tensor, ...], name: str = name, eps: float = eps, centred: bool = kind.centred
+            ) -> None:
+                plain = args[0].float()
+                x = plain - plain.mean(-1, keepdim=True) if centred else plain
+                rest = x.square().mean(-1, keepdim=True) + eps
+                seen.add(f"energy {name}", x.square() / rest)
+                if centred:  # a channel that nothing comes into isn't 0 once the mean is off
+                    seen.add(f"stream {name}", plain.square() / rest)
+
+            yield norm.register_forward_pre_hook(normalised)
+        elif (row.role == "write" and row.input is not None) or _reads_the_stream(row):
 
             def squared(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 seen.add(name, args[0].float().square())
@@ -129,32 +155,45 @@ def _watch(model: nn.Module, family: Family, sizes: dict[str, int], seen: _Colle
 
 
 def _hidden_scores(
-    family: Family, sizes: dict[str, int], energy: dict[str, Tensor], weights: Mapping[str, Tensor], tied: bool
+    family: Family, rows: list[tuple[Row, int | None]], seen: _Collector, weights: Mapping[str, Tensor]
 ) -> Tensor:
     """Each norm's view of a channel: its energy there, by the norm's weight, by all the weights that read it.
 
-    Norms count alike, whatever the size of what reads them.
+    What reads the bare stream has a view of its own. All views count alike, whatever the size of what reads them.
     """
-    total = torch.zeros(sizes["hidden"], dtype=torch.float64)
-    for name, (row, layer) in _norms(family, sizes).items():
-        effective = weights[name].double().cpu() + family.normalisation(row).offset
-        outgoing = torch.zeros_like(total)
-        for reader in family.readers(row.name):
-            source = reader.tied if reader.tied and tied else reader.at(layer)
-            outgoing += weights[source].float().square().sum(0).double().cpu()
-        seen = energy[name] * effective.square() * outgoing
-        total += seen / seen.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    return total
+    views: list[Tensor] = []
+    for row, layer in rows:
+        name = row.at(layer)
+        if row.role == "norm" and row.stream is not None and not row.is_bias:
+            kind = family.normalisation(row)
+            energy = seen.mean(f"stream {name}" if kind.centred else f"energy {name}")
+            effective = weights[name].double().cpu() + kind.offset
+            readers = [r for r in family.readers(row.name) if r.at(layer) in weights]
+            views.append(energy * effective.square() * sum(_squares(weights[r.at(layer)], r.input) for r in readers))
+        elif _reads_the_stream(row):
+            views.append(seen.mean(name) * _squares(weights[name], row.input))
+    return torch.stack([view / view.sum().clamp(min=torch.finfo(view.dtype).tiny) for view in views]).sum(0)
+
+
+def _squares(weight: Tensor, dim: int | None) -> Tensor:
+    """Sums of a weight's squares over all of its dims but one."""
+    assert dim is not None
+    return weight.float().square().sum([d for d in range(weight.dim()) if d != dim]).double().cpu()
 
 
 def _inner_scores(
-    row: Row, sizes: dict[str, int], seen: _Collector, weights: Mapping[str, Tensor], scores: dict[str, Tensor]
+    row: Row,
+    layer: int | None,
+    sizes: dict[str, int],
+    seen: _Collector,
+    weights: Mapping[str, Tensor],
+    scores: dict[str, Tensor],
 ) -> None:
     """Mean square of what comes in at each column, by the column's norm, summed onto each axis it is built from."""
-    for layer in range(sizes["layer"]):
-        name = row.at(layer)
-        column = seen.mean(name) * weights[name].float().square().sum(0).double().cpu()
-        for axis in row.dims[1].axes():
-            if axis in MASKABLE:
-                where = torch.tensor(positions(row.dims[1], axis, sizes))
-                scores[axis][layer].view(-1).index_add_(0, where, column)
+    assert row.input is not None
+    name, dim = row.at(layer), row.dims[row.input]
+    column = seen.mean(name) * _squares(weights[name], row.input)
+    for axis in dim.axes():
+        if axis in MASKABLE:
+            where = torch.tensor(positions(dim, axis, sizes))
+            scores[axis][layer].view(-1).index_add_(0, where, column)

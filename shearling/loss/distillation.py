@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from shearling.loss.logits import logits_of
 
 # At 128k ids three matrices of 512 MiB, in fp32, exist at once. Fewer tokens would spend a GPU's time on adding up the
 # head's gradient, which is read and written once for each chunk.
@@ -27,15 +28,15 @@ class Taught(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """The whole distribution, as what the teacher's head reads, [N, D], and its weight [V, D]."""
+    """The whole distribution: what the teacher's head reads, [N, D], its weight [V, D], and its logits' soft cap."""
 
     hidden: Tensor
     weight: Tensor
+    cap: float | None = None
 
     def logits(self, rows: slice) -> Tensor:
         """[n, V], in at least fp32, where the teacher is."""
-        logits = functional.linear(self.hidden[rows], self.weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits_of(self.hidden[rows], self.weight, self.cap)
 
     def against(self, rows: slice, log_q: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
         log_p = self.logits(rows).to(device=log_q.device, dtype=log_q.dtype)
@@ -76,16 +77,24 @@ class Sparse:
 
 
 def blended_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, taught: Taught, *, share: float, dtype: torch.dtype | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    taught: Taught,
+    *,
+    share: float,
+    dtype: torch.dtype | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a student's hidden [N, D] and head weight [V, D]: the sum of (1 - share) CE + share KL, and CE, KL [N].
 
     Targets int64 [N]; where one is negative there is neither. Only the sum takes gradients, which are made with it:
     what is kept for backward are those of `hidden` and `weight`. Products are taken in `dtype`, else in `hidden`'s.
+    The student's logits x are cap tanh(x / cap) where there is a `cap`.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         found: Any = _Blended.apply(
-            hidden, weight, targets, taught, share, dtype or hidden.dtype, torch.is_grad_enabled()
+            hidden, weight, targets, taught, share, dtype or hidden.dtype, cap, torch.is_grad_enabled()
         )
     return found
 
@@ -107,6 +116,7 @@ class _Blended(torch.autograd.Function):
         taught: Taught,
         share: float,
         dtype: torch.dtype,
+        cap: float | None,
         wanted: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
@@ -118,11 +128,13 @@ class _Blended(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=wide) if to_weight else None
         for rows in chunks(len(hidden)):
             h, counts = hidden[rows].to(dtype), asked[rows].unsqueeze(-1).to(dtype)
-            log_q = functional.linear(h, plain).to(wide)
+            log_q = logits_of(h, plain, cap)
+            slope = None if cap is None else 1 - (log_q / cap).square_()
             log_q -= log_q.logsumexp(-1, keepdim=True)
             ce[rows] = -log_q.gather(1, known[rows]).squeeze(-1)
             kl[rows], grad = taught.against(rows, log_q, share=share)
-            grad = grad.scatter_add_(1, known[rows], grad.new_full((len(h), 1), share - 1)).to(dtype)
+            grad = grad.scatter_add_(1, known[rows], grad.new_full((len(h), 1), share - 1))
+            grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
             if dhidden is not None:
                 dhidden[rows] = ((grad @ plain) * counts).to(hidden.dtype)
             if dweight is not None:
@@ -136,7 +148,7 @@ class _Blended(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the weight's would be there twice, when memory is at its fullest. torch refuses a second pass.
         dhidden, dweight = (None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors)
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Puts masks on a model: what axes/factors.py describes, as modules in place of the model's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,29 +10,58 @@ from torch import Tensor, nn
 from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor, factors
 from shearling.axes.index import positions
+from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
-from shearling.masks.folded import MaskedEmbedding, MaskedLinear, MaskedNorm
+from shearling.masks.folded import Centre, MaskedEmbedding, MaskedLinear, MaskedNorm
 
 Masks = Mapping[str, Tensor]  # by axis, [*within, size]
 
 
 @dataclass(frozen=True)
-class Vector:
-    """What multiplies one dim of the weights that share it: a leaf that modules see, and the masks it is made of.
+class Share:
+    """Of a vector of masks along one dim: (axis, layer or None, entries of the mask along it; None: one for all)."""
 
-    A part is (axis, layer or None, entries of the axis's mask along the dim; None: one number for the whole dim).
-    """
-
-    leaf: Tensor
     parts: tuple[tuple[str, int | None, Tensor | None], ...]
+    entries: int
 
-    def compute(self, masks: Masks) -> Tensor:
-        value = torch.ones((), device=self.leaf.device)
+    def of(self, masks: Masks) -> Tensor:
+        """Their product, [entries]."""
+        value: Tensor | None = None
         for axis, layer, where in self.parts:
             mask = masks[axis] if layer is None else masks[axis][layer]
-            value = value * (mask if where is None else mask.reshape(-1)[where])
-        return value.expand_as(self.leaf)
+            entry = mask if where is None else mask.reshape(-1)[where]
+            value = entry if value is None else value * entry
+        assert value is not None
+        return value.expand(self.entries)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What multiplies one dim of the weights that share it: a leaf that modules see, and what it is made of."""
+
+    leaf: Tensor
+    masks: Share
+    support: bool  # made of the masks' supports, not of their values
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of a dim's D entries are alive, m, as norms see it: `alive` m, `scale` sqrt(m / D), `eps` x m / D."""
+
+    masks: Share
+    alive: Tensor
+    scale: Tensor
+    eps: dict[float, Tensor]
+
+    @torch.no_grad()
+    def set(self, support: Masks) -> None:
+        """No gradient goes through the count."""
+        share = self.masks.of(support).mean().clamp(min=1 / self.masks.entries)
+        self.alive.copy_(share * self.masks.entries)
+        self.scale.copy_(share.sqrt())
+        for eps, tensor in self.eps.items():
+            tensor.copy_(eps * share)
 
 
 class Attached:
@@ -42,85 +71,133 @@ class Attached:
     their gradients; the graph from the gates to them is walked once, by `push`.
     """
 
-    def __init__(self, model: nn.Module, family: Family, *, sizes: Mapping[str, int], axes: Sequence[str], tied: bool):
-        self.model, self.sizes = model, dict(sizes)
-        self.axes = tuple(axes)
+    def __init__(self, model: nn.Module, family: Family, *, config: Mapping[str, Any], axes: Sequence[str]):
+        self.model, self.family, self.axes = model, family, tuple(axes)
+        self.sizes = shape_of(family, config).axes
         self.device = next(model.parameters()).device
         self._vectors: dict[object, Vector] = {}
+        self._counts: dict[object, Count] = {}
         self._computed: list[Tensor] = []
-        self._undo: list[tuple[nn.Module, str, nn.Module]] = []
-        self._norms: list[MaskedNorm] = []
-        self._scale = torch.ones((), device=self.device)
-        self._eps: dict[float, Tensor] = {}
-        for row, found in factors(family, tied=tied).items():
-            for layer in range(sizes["layer"]) if row.per_layer else (None,):
-                self._attach(row, [f for f in found if f.axis in self.axes and f.when != "cut"], layer, family)
+        self._undo: list[tuple[nn.Module, str, Callable[[], nn.Module]]] = []
+        tied = bool(family.setting(config, "tie_word_embeddings"))
+        found = {
+            row: [f for f in some if f.axis in self.axes and f.when != "cut"]
+            for row, some in factors(family, tied=tied).items()
+        }
+        biases = {row.name: some for row, some in found.items() if row.is_bias}
+        for row, layer in family.named(config):
+            if found.get(row) and not row.is_bias:
+                self._attach(row, found[row], biases.get(row.name.removesuffix("weight") + "bias", []), layer)
 
-    def _attach(self, row: Row, found: list[Factor], layer: int | None, family: Family) -> None:
+    def _attach(self, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None) -> None:
         path = row.at(layer).removesuffix(".weight")
-        if not found or path == row.at(layer):  # a bias takes its factors with its weight's
-            return
-        parent = self.model.get_submodule(path.rpartition(".")[0])
+        parent, name = self.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         plain = self.model.get_submodule(path)
-        masked: nn.Module
-        if any(factor.output for factor in found):
+        restore: Callable[[], nn.Module] = lambda: plain  # noqa: E731
+        if row.role == "embed":
             column = self._vector(row, found, 1, layer)
             assert column is not None
-            masked = MaskedEmbedding(cast(nn.Embedding, plain), column)
-        elif all(factor.part == "soft" for factor in found):
-            masked = MaskedLinear(
-                cast(nn.Linear, plain), self._vector(row, found, 0, layer), self._vector(row, found, 1, layer)
-            )
+            masked: nn.Module = MaskedEmbedding(plain, column, centre=self._centre(row, found, layer))
+        elif row.role in ("norm", "post"):
+            masked = self._norm(plain, row, found, of_bias, layer)
+            restore = masked.restore
         else:
-            eps_attribute = family.normalisation(row).eps_attribute
-            eps = float(getattr(plain, eps_attribute))
-            eps_tensor = self._eps.setdefault(eps, torch.tensor(eps, device=self.device))
-            masked = MaskedNorm(plain, eps_attribute, self._scale, eps_tensor)
-            self._norms.append(masked)
-        name = path.rpartition(".")[2]
+            masked = MaskedLinear(
+                plain,
+                self._vector(row, found, cast(int, row.output), layer),
+                self._vector(row, found, cast(int, row.input), layer),
+                centre=self._centre(row, found, layer),
+                transposed=row.output == 1,
+            )
         setattr(parent, name, masked)
-        self._undo.append((parent, name, plain))
+        self._undo.append((parent, name, restore))
+
+    def _norm(
+        self, plain: nn.Module, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None
+    ) -> MaskedNorm:
+        kind = self.family.normalisation(row)
+        count = self._count(row, [f for f in found if f.part == "count"], layer)
+        eps_attribute = "" if kind.centred else kind.eps_attribute
+        eps = float(getattr(plain, kind.eps_attribute))
+        return MaskedNorm(
+            plain,
+            torch.ones((), device=self.device) if count is None else count.scale,
+            eps_attribute=eps_attribute,
+            eps=None
+            if kind.centred or count is None
+            else count.eps.setdefault(eps, torch.tensor(eps, device=self.device)),
+            soft=self._vector(row, [f for f in found if f.part == "soft"], 0, layer),
+            support=self._vector(row, [f for f in of_bias if f.part == "support"], 0, layer),
+            offset=kind.offset,
+        )
 
     def _vector(self, row: Row, found: list[Factor], dim: int, layer: int | None) -> Tensor | None:
         """The leaf for one dim of a row: made once for all the tensors that take the same masks along it."""
-        mine = [f for f in found if f.dim == dim or (f.dim is None and dim == 0)]
+        whole = row.output or 0  # a factor on all of a tensor goes on its outputs
+        mine = [
+            f for f in found if f.part in ("soft", "support") and (f.dim == dim or (f.dim is None and dim == whole))
+        ]
         if not mine:
             return None
-        key = (tuple(f.axis for f in mine), str(row.dims[dim]), layer)
+        support = mine[0].part == "support"
+        assert all((f.part == "support") is support for f in mine), row.name
+        key = (support, tuple(f.axis for f in mine), str(row.dims[dim]), layer)
         if key not in self._vectors:
             leaf = torch.ones(row.dims[dim].size(self.sizes), device=self.device, requires_grad=True)
-            self._vectors[key] = Vector(leaf, tuple(self._part(row, f, layer) for f in mine))
+            self._vectors[key] = Vector(leaf, self._share(row, mine, dim, layer), support)
         return self._vectors[key].leaf
 
-    def _part(self, row: Row, factor: Factor, layer: int | None) -> tuple[str, int | None, Tensor | None]:
-        chosen = layer if is_per_layer(factor.axis) else None
-        if factor.dim is None:
-            return factor.axis, chosen, None
-        where = positions(row.dims[factor.dim], factor.axis, self.sizes)
-        return factor.axis, chosen, torch.tensor(where, device=self.device)
+    def _centre(self, row: Row, found: list[Factor], layer: int | None) -> Centre | None:
+        mine = [f for f in found if f.part == "centre"]
+        if not mine:
+            return None
+        support = [Factor(f.axis, f.dim, "support") for f in mine]
+        keep, count = self._vector(row, support, cast(int, row.stream), None), self._count(row, support, None)
+        assert keep is not None
+        assert count is not None
+        return Centre(keep, count.alive)
 
-    def set(self, masks: Masks, *, alive: Tensor | float | None = None) -> None:
+    def _count(self, row: Row, found: list[Factor], layer: int | None) -> Count | None:
+        if not found:
+            return None
+        dim = cast(int, found[0].dim)
+        own_layer = layer if any(is_per_layer(f.axis) for f in found) else None
+        key = (tuple(f.axis for f in found), str(row.dims[dim]), own_layer)
+        if key not in self._counts:
+            alive, scale = (torch.ones((), device=self.device) for _ in range(2))
+            self._counts[key] = Count(self._share(row, found, dim, layer), alive, scale, {})
+        return self._counts[key]
+
+    def _share(self, row: Row, found: list[Factor], dim: int, layer: int | None) -> Share:
+        parts: list[tuple[str, int | None, Tensor | None]] = []
+        for factor in found:
+            chosen = layer if is_per_layer(factor.axis) else None
+            where = None
+            if factor.dim is not None:
+                entries = positions(row.dims[dim], factor.axis, self.sizes)
+                assert min(entries) >= 0, (row.name, factor.axis)
+                where = torch.tensor(entries, device=self.device)
+            parts.append((factor.axis, chosen, where))
+        return Share(tuple(parts), row.dims[dim].size(self.sizes))
+
+    def set(self, masks: Masks, *, support: Masks | None = None) -> None:
         """Gives the masks of all attached axes their values for the next passes.
 
-        `alive` is how many hidden channels the norms count; left out, those that aren't exactly 0.
+        `support` stands for what of them is there, by axis as they are; left out, 1 where a mask isn't exactly 0.
         """
+        if support is None:
+            support = {axis: (mask.detach() != 0).to(mask.dtype) for axis, mask in masks.items()}
         self._computed = []
         for vector in self._vectors.values():
-            value = vector.compute(masks)
+            value = vector.masks.of(support if vector.support else masks)
             self._computed.append(value)
             with torch.no_grad():
                 vector.leaf.copy_(value)
             vector.leaf.grad = None
-        if "hidden" in self.axes:
-            self._count((masks["hidden"] != 0).sum() if alive is None else alive)
-
-    @torch.no_grad()
-    def _count(self, alive: Tensor | float) -> None:
-        """The norms see a model of so many channels. No gradient goes through the count."""
-        share = torch.as_tensor(alive / self.sizes["hidden"], device=self.device).clamp(min=1 / self.sizes["hidden"])
-        self._scale.copy_(share.sqrt())
-        for eps, tensor in self._eps.items():
-            tensor.copy_(eps * share)
+            if vector.support:  # of a support that is counted there is nothing to learn
+                vector.leaf.requires_grad_(value.requires_grad)
+        for count in self._counts.values():
+            count.set(support)
 
     def push(self) -> None:
         """Adds the gradients gathered by the leaves to what the last `set` was given."""
@@ -134,8 +211,6 @@ class Attached:
 
     def remove(self) -> None:
         """Gives the model its own modules back, weights as they are by now."""
-        for norm in self._norms:
-            setattr(norm.plain[0], norm.eps_attribute, norm.source_eps)
-        for parent, name, plain in self._undo:
-            setattr(parent, name, plain)
-        self._undo, self._norms, self._computed = [], [], []
+        for parent, name, restore in self._undo:
+            setattr(parent, name, restore())
+        self._undo, self._computed = [], []

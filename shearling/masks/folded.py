@@ -4,6 +4,7 @@ N tokens, O outputs, I inputs. A masked linear keeps nothing for backward that a
 is made again there. Measured against the alternatives in benchmarks/masked_step.py.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,42 +13,71 @@ from torch.func import functional_call
 from torch.nn import functional
 
 
-def fold(weight: Tensor, row: Tensor | None, column: Tensor | None) -> Tensor:
-    """weight [O, I] times row [O] and column [I], in the wider of their dtypes; the weight itself if both are None."""
+@dataclass(frozen=True)
+class Centre:
+    """The matrix I - k 1^T / m over O outputs: `keep` k is [O], `count` m one number."""
+
+    keep: Tensor
+    count: Tensor
+
+    def vector(self, x: Tensor) -> Tensor:
+        """Along the last dimension: [..., O] -> [..., O]."""
+        return x - self.keep.to(x.dtype) * (x.sum(-1, keepdim=True) / self.count.to(x.dtype))
+
+
+def fold(
+    weight: Tensor, row: Tensor | None, column: Tensor | None, keep: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """weight [O, I] times row [O] and column [I], its rows centred; in the widest dtype, as it is if all are None."""
     if row is not None:
         weight = weight * row.unsqueeze(-1)
     if column is not None:
         weight = weight * column
+    if keep is not None:
+        weight = torch.addr(weight, keep.to(weight.dtype), (weight.sum(0) / count).to(weight.dtype), alpha=-1)
     return weight
 
 
 class FoldedLinear(torch.autograd.Function):
-    """x [..., I] -> [..., O] through fold(weight, row, column), with gradients for all four.
+    """x [..., I] -> [..., O] through fold(weight, row, column, keep, count), with gradients for all but the count.
 
-    With G the gradient of the folded weight: dW = fold(G), d row = (G * W) column, d column = (G * W)^T row.
+    With G the gradient of the folded weight, brought before the centring as G - 1 (k^T G) / m:
+    dW = fold(G), d row = (G * W) column, d column = (G * W)^T row; dk = -G s / m, s the sums that centring took off.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, row: Tensor | None, column: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return functional.linear(x.to(dtype), fold(weight, row, column).to(dtype))
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        row: Tensor | None,
+        column: Tensor | None,
+        keep: Tensor | None,
+        count: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return functional.linear(x.to(dtype), fold(weight, row, column, keep, count).to(dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, row, column, ctx.dtype = inputs
-        ctx.save_for_backward(x, weight, row, column)
+        x, weight, row, column, keep, count, ctx.dtype = inputs
+        ctx.save_for_backward(x, weight, row, column, keep, count)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, row, column = ctx.saved_tensors
+        x, weight, row, column, keep, count = ctx.saved_tensors
         grad = grads[0].to(ctx.dtype)
-        dx = dweight = drow = dcolumn = None
+        dx = dweight = drow = dcolumn = dkeep = None
         if ctx.needs_input_grad[0]:
-            dx = (grad @ fold(weight, row, column).to(ctx.dtype)).to(x.dtype)
-        if any(ctx.needs_input_grad[1:4]):
+            dx = (grad @ fold(weight, row, column, keep, count).to(ctx.dtype)).to(x.dtype)
+        if any(ctx.needs_input_grad[1:5]):
             # In the widest dtype from here on: a mask's gradient sums over a whole row of G * W.
             g = (grad.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)).to(
                 torch.promote_types(weight.dtype, torch.float32)
             )
+            if keep is not None:
+                if ctx.needs_input_grad[4]:
+                    dkeep = g @ (fold(weight, row, column).sum(0) / -count).to(g.dtype)
+                g = g - keep.to(g.dtype) @ g / count
             if ctx.needs_input_grad[1]:
                 dweight = fold(g, row, column).to(weight.dtype)
             g = g * weight
@@ -55,55 +85,96 @@ class FoldedLinear(torch.autograd.Function):
                 drow = g.sum(-1) if column is None else g @ column.to(g.dtype)
             if ctx.needs_input_grad[3]:
                 dcolumn = g.sum(0) if row is None else row.to(g.dtype) @ g
-        return dx, dweight, drow, dcolumn, None
+        return dx, dweight, drow, dcolumn, dkeep, None, None
 
 
 class MaskedLinear(nn.Module):
-    """An nn.Linear whose weight is multiplied by a row mask [O] and a column mask [I], its bias by the row mask."""
+    """A linear whose weight is multiplied by a row mask [O] and a column mask [I], its bias by the row mask.
 
-    def __init__(self, linear: nn.Linear, row: Tensor | None, column: Tensor | None):
+    `transposed`: the weight is stored as [I, O], as transformers' Conv1D has it.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        row: Tensor | None,
+        column: Tensor | None,
+        *,
+        centre: Centre | None = None,
+        transposed: bool = False,
+    ):
         super().__init__()
         self.plain = (linear,)  # in a tuple, so that its parameters are not registered twice
         self.weight, self.bias = linear.weight, linear.bias
-        self.row, self.column = row, column
+        self.row, self.column, self.centre, self.transposed = row, column, centre, transposed
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weight = self.weight.T if self.transposed else self.weight
+        keep, count = (None, None) if self.centre is None else (self.centre.keep, self.centre.count)
         with torch.autocast(kind, enabled=False):
-            y: Any = FoldedLinear.apply(x, self.weight, self.row, self.column, dtype)
+            y: Any = FoldedLinear.apply(x, weight, self.row, self.column, keep, count, dtype)
             if self.bias is not None:
-                y = y + (self.bias if self.row is None else self.bias * self.row).to(dtype)
+                bias = self.bias if self.row is None else self.bias * self.row
+                y = y + (bias if self.centre is None else self.centre.vector(bias)).to(dtype)
         return y
 
 
 class MaskedNorm(nn.Module):
-    """A norm over an axis of which only some entries are alive: its own forward, weight and epsilon rescaled.
+    """A norm over entries of which only some are alive: its own forward, weight and epsilon rescaled.
 
     `scale` is sqrt(m / D) as a tensor, `eps` the source's times m / D: tensors, since a float that changes at every
-    step would have a compiled model compiled again.
+    step would have a compiled model compiled again. Without an `eps` its input is scaled instead, which is the same:
+    torch's LayerNorm takes nothing but a float. `soft` [D] multiplies what the norm gives, `support` [D] its bias;
+    `offset` is what the stored weight lacks of the effective one.
     """
 
-    def __init__(self, norm: nn.Module, eps_attribute: str, scale: Tensor, eps: Tensor):
+    def __init__(
+        self,
+        norm: nn.Module,
+        scale: Tensor,
+        *,
+        eps_attribute: str = "",
+        eps: Tensor | None = None,
+        soft: Tensor | None = None,
+        support: Tensor | None = None,
+        offset: float = 0.0,
+    ):
         super().__init__()
         self.plain = (norm,)
-        self.eps_attribute, self.source_eps = eps_attribute, getattr(norm, eps_attribute)
         self.weight = norm.get_parameter("weight")
-        self.scale = scale
-        setattr(norm, eps_attribute, eps)
+        self.bias = dict(norm.named_parameters(recurse=False)).get("bias")
+        self.scale, self.soft, self.support, self.offset = scale, soft, support, offset
+        self.eps_attribute, self.source_eps = eps_attribute, getattr(norm, eps_attribute) if eps_attribute else None
+        if eps is not None:
+            setattr(norm, eps_attribute, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional_call(self.plain[0], {"weight": self.weight * self.scale}, (x,))
+        factor = self.scale if self.soft is None else self.scale * self.soft
+        weight = (self.weight + self.offset) * factor - self.offset if self.offset else self.weight * factor
+        parameters = {"weight": weight}
+        if self.bias is not None:
+            bias = self.bias if self.soft is None else self.bias * self.soft
+            parameters["bias"] = bias if self.support is None else bias * self.support
+        return functional_call(self.plain[0], parameters, (x if self.eps_attribute else x / self.scale.to(x.dtype),))
+
+    def restore(self) -> nn.Module:
+        """The plain norm as it was."""
+        if self.eps_attribute:
+            setattr(self.plain[0], self.eps_attribute, self.source_eps)
+        return self.plain[0]
 
 
 class MaskedEmbedding(nn.Module):
     """An nn.Embedding whose output [..., hidden] is masked; its table, perhaps shared with the head, stays plain."""
 
-    def __init__(self, embedding: nn.Embedding, column: Tensor):
+    def __init__(self, embedding: nn.Module, column: Tensor, *, centre: Centre | None = None):
         super().__init__()
         self.plain = (embedding,)
         self.weight = embedding.weight
-        self.column = column
+        self.column, self.centre = column, centre
 
     def forward(self, ids: Tensor) -> Tensor:
-        return functional_call(self.plain[0], {"weight": self.weight}, (ids,)) * self.column.to(self.weight.dtype)
+        y = functional_call(self.plain[0], {"weight": self.weight}, (ids,)) * self.column.to(self.weight.dtype)
+        return y if self.centre is None else self.centre.vector(y)

@@ -46,8 +46,8 @@ class Gates(nn.Module, ABC):
         """The masks of one training step."""
 
     @abstractmethod
-    def alive(self, masks: Mapping[str, Tensor], step: int) -> Tensor | float | None:
-        """How many hidden channels the norms count under a step's masks; None where hidden isn't cut."""
+    def support(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """What stands for the supports of a step's masks, whose sums the norms count; None: what isn't exactly 0."""
 
     @abstractmethod
     def penalty(self, step: int) -> Tensor | None:

@@ -17,7 +17,7 @@ class LearnedMasks:
     def begin(self, step: int) -> None:
         self.step = step
         masks = self.gates.draw(step)
-        self.attached.set(masks, alive=self.gates.alive(masks, step))
+        self.attached.set(masks, support=self.gates.support(masks))
 
     def backward(self, step: int) -> None:
         """Brings the masks' gradients to the gates, and adds the constraint's."""

@@ -50,9 +50,9 @@ class HardConcreteGates(Gates):
             masks[axis] = hard_concrete.sample(log_alpha, uniform=uniform)
         return masks
 
-    def alive(self, masks: Mapping[str, Tensor], step: int) -> Tensor | None:
-        """The support of this very draw."""
-        return (masks["hidden"].detach() != 0).sum() if "hidden" in masks else None
+    def support(self, masks: Mapping[str, Tensor]) -> None:
+        """Of this very draw."""
+        return None
 
     def penalty(self, step: int) -> Tensor:
         progress = self.slide.progress(step + 1)
@@ -129,9 +129,12 @@ class SoftTopKGates(Gates):
     def draw(self, step: int) -> dict[str, Tensor]:
         return {axis: self.values(axis, step) for axis in self.axes}
 
-    def alive(self, masks: Mapping[str, Tensor], step: int) -> float | None:
-        """The target's number now: nothing is exactly zero, and counting the support makes the loss jump later."""
-        return self.size("hidden", step) if "hidden" in masks else None
+    def support(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The masks themselves, whose sum is the target's number now.
+
+        Nothing is exactly zero, and counting what isn't makes the loss jump later.
+        """
+        return masks
 
     def penalty(self, step: int) -> None:
         return None

@@ -13,6 +13,7 @@ from torch import Tensor
 from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Taught, blended_loss
+from shearling.loss.logits import logit_cap, scaled
 from shearling.loss.streams import in_order, outputs_of, stream_loss
 from shearling.train.objective import Losses, target_counts
 
@@ -73,7 +74,13 @@ class Distilled:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         weight = model.get_output_embeddings().weight
         total, loss, kl = blended_loss(
-            hidden.flatten(0, 1), weight, targets.flatten(), lesson.taught, share=self.share, dtype=dtype
+            scaled(model, hidden).flatten(0, 1),
+            weight,
+            targets.flatten(),
+            lesson.taught,
+            share=self.share,
+            dtype=dtype,
+            cap=logit_cap(model),
         )
         figures = {"loss": loss.view_as(targets), "kl": kl.view_as(targets)}
         if self.streams:

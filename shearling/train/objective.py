@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import head_inputs, head_loss_by_domain, hidden_states
+from shearling.loss.logits import logit_cap
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class NextToken:
     def __call__(self, model: Any, batch: Batch) -> Losses:
         hidden = hidden_states(model, batch.ids[:, :-1], position_ids=batch.position_ids)
         hidden, weight = head_inputs(model, hidden)
-        parts = dict(head_loss_by_domain(hidden, weight, batch.targets, batch.domains))
+        parts = dict(head_loss_by_domain(hidden, weight, batch.targets, batch.domains, cap=logit_cap(model)))
         total = torch.stack(list(parts.values())).sum()
         return Losses(total, {"loss": by_domain(parts, self.domains)}, target_counts(batch, self.domains))
 

@@ -116,7 +116,7 @@ class Pruning:
         before = by_domain(session.measure(model))
         record.write("held_out", step=0, of="source", **before)
         calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
-        importance = measure(model, source.family, sizes=source.shape.axes, batches=calibration, tied=source.tied)
+        importance = measure(model, source.family, config=source.config, batches=calibration)
         misses, flops, read = (), 0.0, source.read
         if self.asked.method == "masks" and self.target != source.shape:
             aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
@@ -169,7 +169,7 @@ class Pruning:
         gates = make_gates(
             source.shape, self.target, scores=importance.scores, options=options, steps=steps, seed=seed
         ).to(session.device)
-        attached = Attached(model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied)
+        attached = Attached(model, source.family, config=source.config, axes=gates.axes)
         term = LearnedMasks(attached, gates)
         distilled = self.teaching.objective(session) if self.teaching else None
         session.prepare(model, self.asked)

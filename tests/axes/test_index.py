@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import MODEL_TYPES
+from small_models import LLAMAS
 
 from shearling.arch import family_of
 from shearling.axes.axis import AXES, MASKABLE, Dim, mask_shape
@@ -79,7 +79,7 @@ def test_what_is_kept_is_where_every_mask_is_open(cut: tuple[Kept, Shape], dim: 
 
 
 @settings(max_examples=60)
-@given(cuts(), st.sampled_from(MODEL_TYPES), st.booleans(), st.booleans())
+@given(cuts(), st.sampled_from(LLAMAS), st.booleans(), st.booleans())
 def test_expected_size_at_0_and_1_is_the_count_of_the_cut(
     cut: tuple[Kept, Shape], model_type: str, tied: bool, biases: bool
 ) -> None:

@@ -238,28 +238,85 @@ class TestFactors:
     def test_every_family_masks_each_axis_once_along_each_path(self, made, tied):
         found = factors(made, tied=tied)
         soft = {t: [f for f in some if f.part == "soft" and f.power > 0] for t, some in found.items()}
-        for tensor in made.tensors:
+        for number, tensor in enumerate(made.tensors):
             axes = sorted(factor.axis for factor in soft.get(tensor, []))
             assert len(axes) == len(set(axes)), tensor.name
             if tensor.role == "write":
-                inner = {axis for dim in tensor.dims[1:] for axis in dim.axes() if axis in MASKABLE}
-                assert set(axes) == {"hidden", "layer"} | inner
+                below = next((t.role for t in made.tensors[number + 1 :] if not t.is_bias), "")
+                outer = set() if below == "post" else {"hidden", "layer"}
+                inner = () if tensor.input is None else tensor.dims[tensor.input].axes()
+                assert set(axes) == outer | {axis for axis in inner if axis in MASKABLE}
+            elif tensor.role == "post":
+                assert axes == ["hidden", "layer"]
             elif tensor.role == "embed":
                 assert axes == ["hidden"]
             else:
                 assert axes == [], f"{tensor.name} is read, so what feeds it has the mask already"
-        for axis in MASKABLE:
+        for axis in made.axes.intersection(MASKABLE):
             assert any(factor.axis == axis for some in soft.values() for factor in some)
 
     @pytest.mark.parametrize("made", families(), ids=lambda made: made.name)
-    def test_norms_of_the_residual_stream_count_and_those_of_a_head_dont(self, made):
+    def test_norms_count_along_what_they_run_over(self, made):
         found = factors(made, tied=False)
         for tensor in made.role("norm"):
             counts = [factor for factor in found.get(tensor, ()) if factor.part == "count"]
-            assert counts == ([COUNT] if tensor.dims[0].axes() == ("hidden",) else [])
+            over = () if tensor.is_bias else (axis for axis in tensor.dims[0].axes() if axis in MASKABLE)
+            assert counts == [Factor(axis, dim=0, part="count", when="masked") for axis in over]
 
     @pytest.mark.parametrize("made", families(), ids=lambda made: made.name)
     def test_factors_lie_on_a_dim_that_has_their_axis(self, made):
         for tensor, some in factors(made, tied=True).items():
             for factor in some:
                 assert factor.dim is None or factor.axis in tensor.dims[factor.dim].axes()
+
+
+CENTRED = """
+    embed  wte.weight          vocab              hidden
+    embed  wpe.weight          positions          hidden  scaled=hidden
+    norm   h.*.ln.weight       hidden             bias=always
+    read   h.*.c_attn.weight   hidden             3*kv_head*head_dim  bias=always
+    norm   h.*.all.weight      3*kv_head*head_dim
+    write  h.*.c_proj.weight   kv_head*head_dim   hidden  bias=always
+    write  h.*.down.weight     hidden             intermediate  bias=always
+    post   h.*.after.weight    hidden
+"""
+
+
+class TestTerms:
+    def made(self) -> dict[str, tuple[Factor, ...]]:
+        norms = Normalisation(eps_attribute="eps", eps_key="eps", centred=True)
+        made = Family("Made up", ("x",), CENTRED, norms, cache="1", scores="1", fixed={"positions": "n_positions"})
+        return {tensor.name: some for tensor, some in factors(made, tied=False).items()}
+
+    def test_a_transposed_weight_takes_its_factors_where_its_dims_are(self):
+        centre = Factor("hidden", 1, "centre", when="masked")
+        assert self.made()["h.*.c_proj.weight"] == (
+            Factor("hidden", 1),
+            Factor("layer", None),
+            centre,
+            Factor("kv_head", 0),
+        )
+
+    def test_every_writer_of_a_centred_family_is_centred(self):
+        found = self.made()
+        assert Factor("hidden", 0, "centre", when="masked") in found["h.*.c_proj.bias"]
+        assert Factor("hidden", 1, "centre", when="masked", output=True) in found["wte.weight"]
+
+    def test_a_bias_of_a_norm_takes_the_support_and_no_count(self):
+        assert self.made()["h.*.ln.bias"] == (Factor("hidden", 0, "support", when="masked"),)
+
+    def test_what_goes_into_a_norm_over_heads_takes_the_support(self):
+        support = Factor("kv_head", 1, "support", when="masked")
+        assert self.made()["h.*.c_attn.weight"] == (support,)
+        assert self.made()["h.*.c_attn.bias"] == (Factor("kv_head", 0, "support", when="masked"),)
+        assert self.made()["h.*.all.weight"] == (Factor("kv_head", 0, "count", when="masked"),)
+
+    def test_before_a_post_norm_only_the_support_and_on_it_the_soft_mask(self):
+        found = self.made()
+        support = Factor("hidden", 0, "support", when="masked")
+        assert found["h.*.down.weight"] == (support, Factor("intermediate", 1))
+        assert found["h.*.down.bias"] == (support,)
+        assert found["h.*.after.weight"] == (Factor("hidden", 0), Factor("layer", None), COUNT)
+
+    def test_a_scaled_embedding_is_made_good_at_the_cut(self):
+        assert Factor("hidden", None, "count", power=-1, when="cut") in self.made()["wpe.weight"]

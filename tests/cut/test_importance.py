@@ -89,7 +89,7 @@ def target_of(made: Small, axis: str) -> Shape:
 
 def calibrate(made: Small) -> Importance:
     batches = [tokens(made.shape["vocab_size"], seed=seed) for seed in range(3)]
-    return measure(made.model, made.family, sizes=made.shape.axes, batches=batches, tied=made.tied)
+    return measure(made.model, made.family, config=made.config, batches=batches)
 
 
 def one_shot(made: Small, target: Shape, importance: Importance) -> tuple[Kept, Tensor]:
@@ -149,7 +149,7 @@ def test_learned_masks_from_a_ranked_start_keep_none_of_the_dead(axis: str, rela
     # A rate at which the order of the living is shuffled at once.
     options = Options(relaxation=relaxation, lr=1.0)
     gates = make_gates(made.shape, target, scores=importance.scores, options=options, steps=8, seed=0)
-    term = LearnedMasks(Attached(made.model, made.family, sizes=made.shape.axes, axes=gates.axes, tied=False), gates)
+    term = LearnedMasks(Attached(made.model, made.family, config=made.config, axes=gates.axes), gates)
     optimizers = gates.optimizers()
     for step in range(8):
         term.begin(step)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from masked_reference import assert_close, copied, reference_loss
-from small_models import MODEL_TYPES, Small, small, tokens
+from masked_reference import assert_close, copied, folded_loss, reference_loss
+from small_models import LLAMAS, OTHERS, Small, small, small_of_any, tokens
 from torch import Tensor
 
 from shearling.axes.axis import MASKABLE, mask_shape
@@ -27,13 +27,58 @@ WANTED = {
 def soft_masks(made: Small, *, zeros: int) -> dict[str, Tensor]:
     """Random masks on every axis, with some exact zeros among the channels."""
     generator = torch.Generator().manual_seed(5)
-    masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in MASKABLE}
+    axes = (axis for axis in MASKABLE if axis in made.shape.axes)
+    masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in axes}
     masks["hidden"][:zeros] = 0
     return {axis: mask.requires_grad_() for axis, mask in masks.items()}
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_weights_and_masks_of_any_family(model_type: str, soft: bool) -> None:
+    """Tied where `soft`, as soft_topk has it: the masks stand for their supports."""
+    check_folded_gradients(small_of_any(model_type, tied=soft), soft=soft)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "olmo2"])
+def test_any_family_with_activation_checkpointing(model_type: str) -> None:
+    made = small_of_any(model_type, tied=True)
+    made.model.train()
+    made.model.activation_checkpointing_enable({"use_reentrant": False})
+    check_folded_gradients(made, soft=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "olmo2"])
+def test_any_family_compiled(model_type: str) -> None:
+    torch._dynamo.reset()
+    made = small_of_any(model_type, tied=True)
+    made.model.base_model.compile(backend="aot_eager")
+    check_folded_gradients(made, soft=True)
+
+
+def check_folded_gradients(made: Small, *, soft: bool) -> None:
+    masks = soft_masks(made, zeros=0 if soft else 6)
+    ids = tokens(made.shape["vocab_size"])
+    attached = Attached(made.model, made.family, config=made.config, axes=tuple(masks))
+    attached.set(masks, support=masks if soft else None)
+    loss = next_token_loss(made.model, ids)
+    loss.backward()
+    attached.push()
+
+    attached.remove()
+    w, z = copied(made.model.named_parameters()), copied(masks.items())
+    expected = folded_loss(made, w, z, z if soft else {a: (m != 0).double() for a, m in z.items()}, ids)
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for name, parameter in made.model.named_parameters():
+        assert_close(parameter.grad, w[name].grad, name)
+    for axis, mask in masks.items():
+        assert_close(mask.grad, z[axis].grad, axis)
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", LLAMAS)
 def test_weights_and_masks(model_type: str, tied: bool) -> None:
     check_masked_gradients(small(model_type, tied=tied, biases=True))
 
@@ -57,7 +102,7 @@ def check_masked_gradients(made: Small) -> None:
     """Two micro-batches, so that gradients must add up, against one pass of the reference over both."""
     masks = soft_masks(made, zeros=6)
     ids = tokens(made.shape["vocab_size"], sequences=4)
-    attached = Attached(made.model, made.family, sizes=made.shape.axes, axes=MASKABLE, tied=made.tied)
+    attached = Attached(made.model, made.family, config=made.config, axes=MASKABLE)
     attached.set(masks)
     total = 0.0
     for micro in ids.split(2):
@@ -92,7 +137,7 @@ def test_hard_concrete_gates_and_multipliers() -> None:
             parameter.uniform_(-2, 2)
     step = 2
     ids = tokens(made.shape["vocab_size"])
-    term = LearnedMasks(Attached(made.model, made.family, sizes=made.shape.axes, axes=gates.axes, tied=False), gates)
+    term = LearnedMasks(Attached(made.model, made.family, config=made.config, axes=gates.axes), gates)
     term.begin(step)
     next_token_loss(made.model, ids).backward()
     term.backward(step)
@@ -129,7 +174,7 @@ def test_soft_topk_gates() -> None:
     assert isinstance(gates, SoftTopKGates)
     step = 4
     ids = tokens(made.shape["vocab_size"])
-    term = LearnedMasks(Attached(made.model, made.family, sizes=made.shape.axes, axes=gates.axes, tied=False), gates)
+    term = LearnedMasks(Attached(made.model, made.family, config=made.config, axes=gates.axes), gates)
     term.begin(step)
     next_token_loss(made.model, ids).backward()
     term.backward(step)

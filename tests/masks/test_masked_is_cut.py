@@ -99,7 +99,7 @@ def test_attaching_keeps_names_and_removing_brings_the_model_back() -> None:
     with torch.no_grad():
         before = made.model(ids).logits
     names = list(made.model.state_dict())
-    attached = Attached(made.model, made.family, sizes=made.shape.axes, axes=MASKABLE, tied=True)
+    attached = Attached(made.model, made.family, config=made.config, axes=MASKABLE)
     attached.set({axis: torch.full(mask_shape(axis, made.shape.axes), 0.5) for axis in MASKABLE})
     assert sorted(made.model.state_dict()) == sorted(names)
     with torch.no_grad():

@@ -70,7 +70,7 @@ def test_gradients_with_masks_on(tied: bool) -> None:
     masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in MASKABLE}
     masks["hidden"][:6] = 0
     masks = {axis: mask.requires_grad_() for axis, mask in masks.items()}
-    attached = Attached(made.model, made.family, sizes=made.shape.axes, axes=MASKABLE, tied=tied)
+    attached = Attached(made.model, made.family, config=made.config, axes=MASKABLE)
     attached.set(masks)
     objective = distilled(source, share=0.6)
     parts = [objective(made.model, micro) for micro in found.split(2)]
