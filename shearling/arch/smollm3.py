@@ -1,0 +1,43 @@
+"""SmolLM3: a Llama in which some layers have no rotary positions."""
+
+from shearling.axes.spec import Family, LayerRule, Normalisation
+
+SMOLLM3 = Family(
+    name="SmolLM3",
+    model_types=("smollm3",),
+    table="""
+    embedding
+    embed  model.embed_tokens.weight                               vocab                   hidden
+    attention
+    norm   model.layers.*.input_layernorm.weight                   hidden
+    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*head_dim  hidden                  bias=attention_bias
+    read   model.layers.*.self_attn.k_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
+    read   model.layers.*.self_attn.v_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
+    write  model.layers.*.self_attn.o_proj.weight                  hidden                  kv_head*group*head_dim  bias=attention_bias
+    feed_forward
+    norm   model.layers.*.post_attention_layernorm.weight          hidden
+    read   model.layers.*.mlp.gate_proj.weight                     intermediate            hidden                  bias=mlp_bias
+    read   model.layers.*.mlp.up_proj.weight                       intermediate            hidden                  bias=mlp_bias
+    write  model.layers.*.mlp.down_proj.weight                     hidden                  intermediate            bias=mlp_bias
+    head
+    norm   model.norm.weight                                       hidden
+    head   lm_head.weight                                          vocab                   hidden                  tied=model.embed_tokens.weight
+    """,
+    norms=Normalisation(eps_attribute="variance_epsilon", eps_key="rms_norm_eps"),
+    cache="2*kv_head*head_dim",
+    scores="2*kv_head*group*head_dim",
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": "hidden_size / num_attention_heads",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 4,
+        "rms_norm_eps": 1e-6,
+    },
+    nulls={"num_key_value_heads": "num_attention_heads"},
+    layer_rules=(
+        LayerRule("no_rope_layers", at="every no_rope_layer_interval", then=0, otherwise=1),
+        LayerRule("layer_types"),  # left out, it follows from the other
+    ),
+)
