@@ -27,6 +27,8 @@ def config_at(
     # A head_dim that was hidden_size / num_attention_heads need not be so any more.
     if "head_dim" in shape and family.setting({**result, "head_dim": None}, "head_dim") != shape["head_dim"]:
         result["head_dim"] = shape["head_dim"]
+    if "num_experts" in shape and family.setting(config, family.fixed["top_k"]) > shape["num_experts"]:
+        result[family.key(config, family.fixed["top_k"])] = shape["num_experts"]
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
     if dtype_key in config or dtype != "float32":
         result[dtype_key] = dtype

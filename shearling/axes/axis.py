@@ -33,7 +33,16 @@ AXES: dict[str, Axis] = {
 }
 
 # The axes a mask can lie on. The others are cut by other means (vocab, head_dim) or not yet.
-MASKABLE = ("hidden", "layer", "kv_head", "group", "intermediate")
+MASKABLE = (
+    "hidden",
+    "layer",
+    "kv_head",
+    "group",
+    "intermediate",
+    "expert",
+    "moe_intermediate",
+    "shared_intermediate",
+)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,19 @@ def parameters_by_group(family: Family, config: Mapping[str, Any], shape: Shape 
     return groups
 
 
+def active_parameters(family: Family, config: Mapping[str, Any], shape: Shape | None = None) -> int:
+    """Parameters that one token's pass takes part of: of each stack of experts only those that a token goes to."""
+    sizes = (shape or shape_of(family, config)).axes
+    rows = family.present(config)
+    return sum(_active(t, sizes) * copies(t, family, config, sizes["layer"]) for t in rows)
+
+
+def _active(tensor: Tensor, sizes: Mapping[str, int]) -> int:
+    """Entries of a row that one token meets."""
+    entries = prod(tensor.shape(sizes))
+    return entries // sizes["expert"] * min(sizes["top_k"], sizes["expert"]) if tensor.stacked else entries
+
+
 def copies(tensor: Tensor, family: Family, config: Mapping[str, Any], layers: int) -> int:
     """How many of `layers` layers have a row; 1 for what belongs to no layer."""
     return _layers_of(tensor.on, family, config, layers) if tensor.per_layer else 1
@@ -60,7 +73,7 @@ def flops_per_token(family: Family, config: Mapping[str, Any], shape: Shape | No
     sizes = (shape or shape_of(family, config)).axes
     heads = {t for t in family.role("head") if t.tied}  # a tied table is multiplied by all the same
     matrices = (t for t in {*family.present(config), *heads} if t.input is not None)
-    products = sum(prod(t.shape(sizes)) * copies(t, family, config, sizes["layer"]) for t in matrices)
+    products = sum(_active(t, sizes) * copies(t, family, config, sizes["layer"]) for t in matrices)
     return 2 * (products + _over_attention(family.scores, family, config, sizes) * context)
 
 
@@ -79,8 +92,15 @@ def expected_parameters(
     total = 0.0
     for tensor, layer in family.named(config, range(sizes["layer"])):
         stays = keep["layer"][layer] if layer is not None and "layer" in keep else 1.0
-        total += stays * prod(expected_size(dim, sizes, keep, layer) for dim in tensor.dims)
+        total += stays * prod(expected_size(dim, sizes, keep, layer) for dim in _independent(tensor))
     return total
+
+
+def _independent(tensor: Tensor) -> tuple[Dim, ...]:
+    """A tensor's dims, those that are nested in its stack as one with it."""
+    nested = [tensor.nested(dim) for dim in range(len(tensor.dims))]
+    joint = tuple(dim for dim in nested if dim is not None)
+    return joint + tuple(dim for i, dim in enumerate(tensor.dims) if nested[i] is None and not (joint and i == 0))
 
 
 def expected_size(dim: Dim, sizes: Mapping[str, int], keep: Probabilities, layer: int | None) -> float:

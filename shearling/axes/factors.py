@@ -62,6 +62,10 @@ def _factors(row: Tensor, family: Family, tied: bool, below: Tensor | None) -> I
         yield from _written(row, family) if below is None else [Factor("hidden", row.stream, "support", when="masked")]
         if row.input is not None:
             yield from (Factor(axis, dim=row.input) for axis in _maskable(row, row.input))
+        if row.stacked:  # the same as on the routing weight, which is what it multiplies while masked
+            yield Factor("expert", dim=0)
+    elif row.role == "route" and not row.is_bias:
+        yield Factor("expert", dim=row.output, part="support", when="masked")
     elif row.role == "post":
         yield from (Factor("hidden", dim=0), Factor("layer", dim=None))
         if not row.is_bias:

@@ -89,6 +89,14 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> Shape:
             expected="a multiple",
             change="mend config.json",
         )
+    experts, top_k = sizes.get("num_experts"), family.fixed.get("top_k", "")
+    if experts is not None and family.setting(config, top_k) > experts:
+        raise UserError(
+            f"config.json: {top_k}",
+            found=f"{family.setting(config, top_k)} of {experts} experts",
+            expected="at most as many as there are experts",
+            change="mend config.json",
+        )
     fixed = {word: int(family.value(config, expression)) for word, expression in family.fixed.items()}
     return Shape(sizes, fixed)
 

@@ -20,7 +20,7 @@ isn't the family's first; `reads=NAME` is the norm it reads through where that i
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from shearling.axes.axis import Dim
+from shearling.axes.axis import AXES, Dim
 
 ROLES = ("embed", "norm", "read", "write", "head", "post", "route", "inner")
 OPTIONS = ("bias", "if", "on", "tied", "disk", "norm", "reads", "scaled")
@@ -65,6 +65,20 @@ class Tensor:
         """The dim of what a weight's module gives; None for what isn't a matrix."""
         return None if self.input is None else 2 * len(self.dims) - 3 - self.input
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack of matrices (or of their biases), one for each expert."""
+        return self.role in ("read", "write", "inner") and self.dims[0].axes() == ("expert",)
+
+    def nested(self, dim: int) -> Dim | None:
+        """A stack's dim with the stack's own in front, where it has a choice of its own in each matrix; None elsewhere.
+
+        So `expert*moe_intermediate` for the `moe_intermediate` of a stack of experts.
+        """
+        if not self.stacked or not any("expert" in AXES[axis].within for axis in self.dims[dim].axes()):
+            return None
+        return Dim(tuple(("expert", *product) for product in self.dims[dim].products))
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its size along each dim, where `sizes` has each word's."""
         return tuple(dim.size(sizes) for dim in self.dims)
@@ -74,7 +88,7 @@ class Tensor:
         return self.name.replace("*", str(layer))
 
     def at_disk(self, layer: int | None) -> str:
-        """The name in files, for one layer."""
+        """The name in files, for one layer; what lies in several is for axes/disk.py to say."""
         return (self.disk or self.name).replace("*", str(layer))
 
 
@@ -116,7 +130,7 @@ def _bias(weight: Tensor, flag: str) -> Tensor:
     """The bias of a weight: on all of its dims but the one that is summed over."""
     dims = weight.dims[:1] if weight.role == "inner" else weight.dims
     dims = tuple(dim for i, dim in enumerate(dims) if i != weight.input)
-    name, disk = (f"{name.removesuffix('weight')}bias" if name else "" for name in (weight.name, weight.disk))
+    name, disk = (bias_name(name) if name else "" for name in (weight.name, weight.disk))
     when = (*weight.when, *_flags(flag))
     return Tensor(
         name,
@@ -129,6 +143,11 @@ def _bias(weight: Tensor, flag: str) -> Tensor:
         normalisation=weight.normalisation,
         is_bias=True,
     )
+
+
+def bias_name(weight: str) -> str:
+    """`q_proj.bias` of `q_proj.weight`, `down_proj_bias` of a parameter that is `down_proj` itself."""
+    return f"{weight.removesuffix('weight')}bias" if weight.endswith(".weight") else f"{weight}_bias"
 
 
 def _flags(word: str) -> tuple[str, ...]:

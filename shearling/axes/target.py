@@ -9,6 +9,9 @@ from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
 from shearling.errors import UserError, nearest, raise_all
 
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+EXPERTS_ROW_BYTES = 16  # of torch's grouped_mm
+
 UNCUT = {  # axes that nothing here can cut yet, and what to say of them
     "head_dim": "cutting head_dim is not supported yet: leave it out",
     "vocab": "cutting the vocabulary is not supported yet: leave it out",
@@ -53,8 +56,27 @@ def resolve_target(
     raise_all([_broken(rule, rules, family, source, wanted) for rule in rules if not rule.holds(sizes)])
     target = Shape(sizes, source.fixed)
     raise_all([_bound(axis, reasons[axis], source) for axis in reasons if _moves(axis, source, target)])
+    raise_all(list(_misaligned(family, source, target, config or {})))
     followers = (key for key in source if sizes[key] != {**source, **wanted}[key])
-    return target, [f"{key} follows {_leader(key, wanted)}: {sizes[key]}" for key in followers]
+    notes = [f"{key} follows {_leader(key, wanted)}: {sizes[key]}" for key in followers]
+    if sizes.get("num_experts", source.fixed.get("top_k", 0)) < source.fixed.get("top_k", 0):
+        notes.append(f"{family.fixed['top_k']} is lowered to {sizes['num_experts']}: no more experts are left")
+    return target, notes
+
+
+def _misaligned(family: Family, source: Shape, target: Shape, config: Mapping[str, Any]) -> Iterator[UserError]:
+    """Sizes that transformers' default code for experts can't multiply: rows that aren't a multiple of 16 bytes."""
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    step = EXPERTS_ROW_BYTES // BYTES.get(str(dtype), BYTES["float32"])
+    inside = {axis for row in family.tensors if row.stacked for dim in row.dims[1:] for axis in dim.axes()}
+    for key, dim in target.dims.items():
+        size = target[key]
+        if inside.issuperset(dim.axes()) and size != source[key] and size % step:
+            expected = f"a multiple of {step} ({EXPERTS_ROW_BYTES} bytes of {dtype}), for transformers' experts code"
+            valid = list(range(step, source[key] + 1, step))
+            yield UserError(
+                f"target {key}", found=size, expected=expected, change=f"choose {key}={_closest(size, valid)}"
+            )
 
 
 def _standard(family: Family, source: Shape, wanted: Mapping[str, int]) -> dict[str, int]:

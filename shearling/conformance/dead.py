@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor, factors
-from shearling.axes.index import positions, select
+from shearling.axes.index import Kept, positions, select
 from shearling.axes.shape import Shape
 from shearling.axes.table import Tensor as Row
 from shearling.conformance.exact import cut_model
@@ -33,7 +33,7 @@ def dead_units(made: Small, targets: Mapping[Unit, Shape]) -> Iterator[Finding]:
         batches = [made.ids(seed=seed) for seed in range(3)]
         found = measure(killed.model, made.family, config=made.config, batches=batches)
         chosen = select({a: s.tolist() for a, s in found.scores.items()}, source=made.shape, target=target)
-        wrong = sorted(axis for axis in unit if chosen.choices[axis] != kept.choices[axis])
+        wrong = sorted(axis for axis in unit if _chosen_otherwise(kept, chosen, axis, found.scores[axis]))
         yield Finding("dead units go first", made.name, unit, why=", ".join(wrong))
         if wrong or not claims_logits(made, unit):
             continue
@@ -82,5 +82,14 @@ def _along(made: Small, row: Row, factor: Factor, mask: Tensor, layer: int | Non
         mask = mask[layer]
     if factor.dim is None:
         return mask
-    spread = mask.reshape(-1)[torch.tensor(positions(row.dims[factor.dim], factor.axis, made.shape.axes))]
-    return spread.reshape([-1 if dim == factor.dim else 1 for dim in range(len(row.dims))])
+    nested = row.nested(factor.dim)
+    spread = mask.reshape(-1)[torch.tensor(positions(nested or row.dims[factor.dim], factor.axis, made.shape.axes))]
+    along = (factor.dim,) if nested is None else (0, factor.dim)
+    shape = row.shape(made.shape.axes)
+    return spread.reshape([size if dim in along else 1 for dim, size in enumerate(shape)])
+
+
+def _chosen_otherwise(kept: Kept, chosen: Kept, axis: str, scores: Tensor) -> bool:
+    """Whether a selection differs anywhere that there is something to select: not every layer has every axis."""
+    places = (place for place in kept.choices[axis] if scores[place].any())
+    return any(chosen.choices[axis].get(place) != kept.choices[axis][place] for place in places)

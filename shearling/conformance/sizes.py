@@ -34,9 +34,12 @@ def costs(made: Small) -> Iterator[Finding]:
     ids = made.ids(sequences=SEQUENCES, length=LENGTH)
     with torch.no_grad():
         cache = made.model(ids, use_cache=True).past_key_values
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    # The state of a block that stays whole is no cache: it doesn't grow with tokens.
+    held = [tensor for layer in cache.layers if hasattr(layer, "keys") for tensor in (layer.keys, layer.values)]
     entries = cache_bytes_per_token(made.family, made.config, bytes_per_entry=1)
     yield _same("cache", made, (), SEQUENCES * LENGTH * entries, sum(tensor.numel() for tensor in held))
+    if any(row.role == "inner" and len(row.dims) > 2 for row in made.family.present(made.config)):
+        return  # the recurrence inside such a block isn't counted
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         made.model(ids, use_cache=False)

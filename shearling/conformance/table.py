@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shearling.axes.disk import pieces
 from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.conformance.finding import Finding
@@ -28,7 +29,7 @@ def names_on_disk(family: Family, config: Mapping[str, Any], folder: Path, name:
     logging.disable_progress_bar()
     build(config).save_pretrained(folder)
     sizes = shape_of(family, config).axes
-    counted = {row.at_disk(layer): row.shape(sizes) for row, layer in family.named(config)}
+    counted = {p.name: p.shape for row, layer in family.named(config) for p in pieces(row, layer, sizes)}
     there = {
         tensor: tuple(info.shape)
         for shard in sorted(folder.glob("*.safetensors"))

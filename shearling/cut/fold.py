@@ -13,11 +13,25 @@ from shearling.axes.table import Tensor as Row
 
 def slice_kept(weight: Tensor, row: Row, kept: Kept, layer: int | None) -> Tensor:
     """The kept entries of a source tensor of one row, along all of its dims, in its own dtype."""
-    for dim, spec in enumerate(row.dims):
+    for dim, spec in reversed(list(enumerate(row.dims))):
+        nested = row.nested(dim)
+        if nested is not None and any(axis in kept.choices for axis in spec.axes()):
+            weight = _slice_nested(weight, dim, kept.rows(nested, layer), kept, layer)
+            continue
         index = kept.rows(spec, layer)
-        if index is not None:
+        if index is not None and weight.shape[dim] != len(index):
             weight = weight.index_select(dim, torch.tensor(index))
     return weight
+
+
+def _slice_nested(weight: Tensor, dim: int, index: list[int] | None, kept: Kept, layer: int | None) -> Tensor:
+    """A stack's kept matrices, and of each the entries along `dim` that are kept in it."""
+    assert index is not None
+    assert layer is not None
+    flat = weight.movedim(dim, 1)
+    matrices = len(kept.along("expert", (layer,)))
+    flat = flat.flatten(0, 1).index_select(0, torch.tensor(index)).unflatten(0, (matrices, -1))
+    return flat.movedim(1, dim)
 
 
 def fold_factors(
@@ -45,7 +59,8 @@ def fold_factors(
             continue
         vector = _along(row, factor, kept, masks[factor.axis], layer).to(weight.dtype) ** factor.power
         if factor.dim is not None:
-            vector = vector.reshape([-1 if dim == factor.dim else 1 for dim in range(weight.dim())])
+            along = (factor.dim,) if row.nested(factor.dim) is None else (0, factor.dim)
+            vector = vector.reshape([weight.shape[dim] if dim in along else 1 for dim in range(weight.dim())])
         weight = weight * vector
     return weight - offset
 
@@ -58,7 +73,7 @@ def _along(row: Row, factor: Factor, kept: Kept, mask: Tensor, layer: int | None
         mask = mask[layer]
     if factor.dim is None:
         return mask
-    dim = row.dims[factor.dim]
+    dim = row.nested(factor.dim) or row.dims[factor.dim]
     spread = mask.reshape(-1)[torch.tensor(positions(dim, factor.axis, kept.source))]
     index = kept.rows(dim, layer)
     return spread if index is None else spread[torch.tensor(index)]

@@ -18,6 +18,7 @@ from shearling.axes.index import Kept, positions
 from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
+from shearling.cut.experts import stacks
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def measure(model: nn.Module, family: Family, *, config: Mapping[str, Any], batc
     seen = _Collector()
     sizes = shape_of(family, config).axes
     rows = list(family.named(config))
-    handles = list(_watch(model, family, rows, sizes, seen))
+    experts = list(stacks(model, rows))
+    handles = [*_watch(model, family, rows, sizes, seen), *(stack.watch() for stack in experts)]
     device = next(model.parameters()).device
     try:
         for ids in batches:
@@ -93,8 +95,10 @@ def measure(model: nn.Module, family: Family, *, config: Mapping[str, Any], batc
     weights = dict(model.named_parameters(remove_duplicate=False))
     scores["hidden"] = _hidden_scores(family, rows, seen, weights)
     for row, layer in rows:
-        if row.role == "write" and row.input is not None:
+        if row.role == "write" and row.input is not None and not row.stacked:
             _inner_scores(row, layer, sizes, seen, weights, scores)
+    for stack in experts:
+        scores["expert"][stack.layer], scores["moe_intermediate"][stack.layer] = stack.scores()
     for layer in range(sizes["layer"]):
         scores["layer"][layer] = seen.mean(f"influence {layer}").squeeze()
     norms = {
@@ -136,7 +140,7 @@ def _watch(
                     seen.add(f"stream {name}", plain.square() / rest)
 
             yield norm.register_forward_pre_hook(normalised)
-        elif (row.role == "write" and row.input is not None) or _reads_the_stream(row):
+        elif (row.role == "write" and row.input is not None and not row.stacked) or _reads_the_stream(row):
 
             def squared(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 seen.add(name, args[0].float().square())

@@ -13,6 +13,7 @@ from shearling.axes.index import positions
 from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
+from shearling.masks.experts import MaskedExperts, MaskedRouter
 from shearling.masks.folded import Centre, MaskedEmbedding, MaskedLinear, MaskedNorm
 
 Masks = Mapping[str, Tensor]  # by axis, [*within, size]
@@ -90,7 +91,7 @@ class Attached:
                 self._attach(row, found[row], biases.get(row.name.removesuffix("weight") + "bias", []), layer)
 
     def _attach(self, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None) -> None:
-        path = row.at(layer).removesuffix(".weight")
+        path = self._module(row).replace("*", str(layer))
         parent, name = self.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         plain = self.model.get_submodule(path)
         restore: Callable[[], nn.Module] = lambda: plain  # noqa: E731
@@ -101,6 +102,12 @@ class Attached:
         elif row.role in ("norm", "post"):
             masked = self._norm(plain, row, found, of_bias, layer)
             restore = masked.restore
+        elif row.role == "route":
+            support = self._vector(row, found, cast(int, row.output), layer)
+            assert support is not None
+            masked = MaskedRouter(plain, support)
+        elif row.stacked:
+            masked = self._experts(plain, row, found, layer)
         else:
             masked = MaskedLinear(
                 plain,
@@ -111,6 +118,22 @@ class Attached:
             )
         setattr(parent, name, masked)
         self._undo.append((parent, name, restore))
+
+    def _experts(self, plain: nn.Module, row: Row, found: list[Factor], layer: int | None) -> MaskedExperts:
+        output, inner = cast(int, row.output), cast(int, row.input)
+        return MaskedExperts(
+            plain,
+            row.name.rpartition(".")[2],
+            expert=self._vector(row, found, 0, layer),
+            row=self._vector(row, found, output, layer),
+            column=self._vector(row, found, inner, layer),
+            inner=inner,
+        )
+
+    @staticmethod
+    def _module(row: Row) -> str:
+        """The path of the module that a row belongs to; a stack of experts has its parameters without `.weight`."""
+        return row.name.rpartition(".")[0] if row.stacked else row.name.removesuffix(".weight")
 
     def _norm(
         self, plain: nn.Module, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None
@@ -143,7 +166,8 @@ class Attached:
         assert all((f.part == "support") is support for f in mine), row.name
         key = (support, tuple(f.axis for f in mine), str(row.dims[dim]), layer)
         if key not in self._vectors:
-            leaf = torch.ones(row.dims[dim].size(self.sizes), device=self.device, requires_grad=True)
+            entries = (row.nested(dim) or row.dims[dim]).size(self.sizes)
+            leaf = torch.ones(entries, device=self.device, requires_grad=True)
             self._vectors[key] = Vector(leaf, self._share(row, mine, dim, layer), support)
         return self._vectors[key].leaf
 
@@ -174,11 +198,11 @@ class Attached:
             chosen = layer if is_per_layer(factor.axis) else None
             where = None
             if factor.dim is not None:
-                entries = positions(row.dims[dim], factor.axis, self.sizes)
+                entries = positions(row.nested(dim) or row.dims[dim], factor.axis, self.sizes)
                 assert min(entries) >= 0, (row.name, factor.axis)
                 where = torch.tensor(entries, device=self.device)
             parts.append((factor.axis, chosen, where))
-        return Share(tuple(parts), row.dims[dim].size(self.sizes))
+        return Share(tuple(parts), (row.nested(dim) or row.dims[dim]).size(self.sizes))
 
     def set(self, masks: Masks, *, support: Masks | None = None) -> None:
         """Gives the masks of all attached axes their values for the next passes.

@@ -48,7 +48,16 @@ class HardConcreteGates(Gates):
             log_alpha = self.log_alpha(axis)
             uniform = torch.rand(log_alpha.shape, generator=generator).to(log_alpha.device)
             masks[axis] = hard_concrete.sample(log_alpha, uniform=uniform)
+        if "expert" in masks:
+            masks["expert"] = self._enough(masks["expert"])
         return masks
+
+    def _enough(self, experts: Tensor) -> Tensor:
+        """A draw [layer, expert] in which the likeliest experts are open, as many as a token goes to."""
+        least = min(self.source.fixed["top_k"], self.target.axes["expert"])
+        likeliest = self.log_alpha("expert").topk(least, dim=-1).indices
+        opened = torch.zeros_like(experts).scatter(-1, likeliest, hard_concrete.KEPT_MIN)
+        return torch.maximum(experts, opened)
 
     def support(self, masks: Mapping[str, Tensor]) -> None:
         """Of this very draw."""

@@ -19,6 +19,7 @@ from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.train.step import State
 from shearling.verbs.aim import aimed, given, source_losses, source_of
+from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -155,15 +156,17 @@ class Healing:
         for group in optimizer.param_groups:
             group["peak_lr"] = session.lr
         distilled = self.teaching.objective(session) if self.teaching else None
+        objective = distilled or session.objective()
+        balance = balanced(objective, self.source)
         with session.feed.reading() as reading:
             state = train(
                 model,
                 settings=session.settings,
                 state=state,
                 draw=reading.draw,
-                objective=distilled or session.objective(),
+                objective=balance or objective,
                 optimizers=[optimizer],
-                terms=[distilled] if distilled else [],
+                terms=[part for part in (distilled, balance) if part],
                 evaluate=session.evaluate(model),
                 steering=session.steering,
                 log=record.write,

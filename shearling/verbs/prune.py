@@ -24,6 +24,7 @@ from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
+from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -172,6 +173,8 @@ class Pruning:
         attached = Attached(model, source.family, config=source.config, axes=gates.axes)
         term = LearnedMasks(attached, gates)
         distilled = self.teaching.objective(session) if self.teaching else None
+        objective = distilled or session.objective()
+        balance = balanced(objective, source)
         session.prepare(model, self.asked)
 
         def held_out() -> dict[str, float]:
@@ -185,9 +188,9 @@ class Pruning:
                 settings=session.settings,
                 state=session.state(),
                 draw=reading.draw,
-                objective=distilled or session.objective(),
+                objective=balance or objective,
                 optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
-                terms=[*([distilled] if distilled else []), term],
+                terms=[*([distilled] if distilled else []), *([balance] if balance else []), term],
                 evaluate=held_out,
                 steering=session.steering,
                 log=record.write,

@@ -12,6 +12,7 @@ import torch
 from shearling.arch import family_of
 from shearling.arch.config import config_at, max_positions
 from shearling.axes.count import parameters
+from shearling.axes.disk import pieces
 from shearling.axes.shape import Shape, shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
@@ -22,7 +23,7 @@ from shearling.errors import UserError
 from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite, fingerprint
 from shearling.weights.folder import carry, resolve
 from shearling.weights.header import DTYPES
-from shearling.weights.model import save_model
+from shearling.weights.model import assembled, save_model
 from shearling.weights.table import check_table
 
 ORIGIN = "shearling.json"
@@ -68,10 +69,12 @@ class Source:
 
     def read(self, row: Row, layer: int | None) -> torch.Tensor:
         """One tensor of the table from disk, checked."""
-        name = row.at_disk(layer)
-        weight = self.checkpoint.read(name)
-        check_finite(name, weight)
-        return weight
+        found = []
+        for piece in pieces(row, layer, self.shape.axes):
+            weight = self.checkpoint.read(piece.name)
+            check_finite(piece.name, weight)
+            found.append((piece, weight))
+        return assembled(found, row.shape(self.shape.axes))
 
     def check_finite(self) -> None:
         """Reads every tensor, one at a time. Raises UserError for the first that holds NaN or an infinity."""

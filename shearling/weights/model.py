@@ -1,13 +1,14 @@
 """A model folder as a transformers model, and a model's weights as a folder."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shearling.axes.disk import Piece, pieces
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
@@ -54,6 +55,17 @@ def reader(model: Any) -> Callable[[Row, int | None], Tensor]:
     return lambda row, layer: state[row.at(layer)].detach().cpu()
 
 
+def assembled(found: Sequence[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """A row of this shape from its pieces in files."""
+    first = found[0][1]
+    if len(found) == 1 and tuple(first.shape) == shape:
+        return first
+    whole = torch.empty(shape, dtype=first.dtype)
+    for piece, weight in found:
+        whole[piece.where] = weight.to(whole.dtype)
+    return whole
+
+
 def save_model(
     folder: Path,
     *,
@@ -65,7 +77,15 @@ def save_model(
 ) -> None:
     """Writes config.json and the weights of a family's model, tensor by tensor, under their names on disk."""
     sizes = shape.axes
-    rows = {row.at_disk(layer): (row, layer) for row, layer in family.named(config)}
-    entries = [Entry(name, DTYPE_CODES[dtype], row.shape(sizes)) for name, (row, _) in rows.items()]
+    placed = {p.name: (p, row, layer) for row, layer in family.named(config) for p in pieces(row, layer, sizes)}
+    entries = [Entry(name, DTYPE_CODES[dtype], piece.shape) for name, (piece, _, _) in placed.items()]
+    last: list[Any] = [None, None]  # a row in many pieces is made once
+
+    def piece_of(name: str) -> Tensor:
+        piece, row, layer = placed[name]
+        if last[0] != (row, layer):
+            last[:] = [(row, layer), tensor(row, layer).to(dtype)]
+        return last[1][piece.where].contiguous()
+
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write(folder, entries, lambda name: tensor(*rows[name]).to(dtype).contiguous())
+    write(folder, entries, piece_of)

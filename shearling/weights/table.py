@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from shearling.axes.disk import pieces
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
 from shearling.errors import UserError, raise_all
@@ -16,7 +17,8 @@ OLD_BUFFERS = ("rotary_emb.inv_freq",)
 def check_table(checkpoint: Checkpoint, family: Family, shape: Shape) -> None:
     """Raises UserError, naming the first few, for tensors that are missing, of another shape, or not in the table."""
     sizes = shape.axes
-    expected = {row.at_disk(layer): row.shape(sizes) for row, layer in family.named(checkpoint.config)}
+    rows = family.named(checkpoint.config)
+    expected = {piece.name: piece.shape for row, layer in rows for piece in pieces(row, layer, sizes)}
     found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
     tied = {row.at_disk(None) for row in family.tensors if row.tied}
     extra = [n for n in found if n not in expected and n not in tied and not n.endswith(OLD_BUFFERS)]
