@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from shearling.axes.axis import Dim
 from shearling.axes.spec import Normalisation
 from shearling.draft.build import on_meta, quiet, random_model, tokens
-from shearling.draft.fit import fit, layouts
 from shearling.draft.norms import identify
 from shearling.draft.probe import Probe
 from shearling.draft.refused import Refused
 from shearling.draft.trace import explain
 
 LENGTHS = (6, 12, 18)  # tokens: three, so that what grows with their square can be told apart
-MEASURED = 10  # sizes at which cache and FLOPs are measured
+MEASURED = 2  # sizes at which cache and FLOPs are measured
 
 
 def norm_kinds(probe: Probe, paths: Mapping[str, str]) -> dict[str, Normalisation]:
@@ -83,33 +83,32 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def costs(probe: Probe, words: tuple[str, ...]) -> tuple[str, str]:
-    """The dims `cache` and `scores` of a family whose layers all attend. Raises Refused if they are no such sums."""
-    samples, cached, scored = [], [], []
-    layers = probe.depth
+def costs(probe: Probe) -> tuple[str, str]:
+    """The dims `cache` and `scores` of a family whose layers all attend. Raises Refused where they are other than usual."""
+    heads = "kv_head*group*head_dim" if probe.keys.grouped else "kv_head*head_dim"
+    cache, scores = "2*kv_head*head_dim", f"2*{heads}"
     for axes in probe.samples[:MEASURED]:
-        config = probe.keys.small(layers=layers, **axes)
-        try:
-            model = random_model(config, dtype=torch.float32)
-            with torch.no_grad(), quiet():
-                ids = [tokens(axes["vocab"], sequences=1, length=n) for n in LENGTHS]
-                cache = model(ids[0], use_cache=True).past_key_values
-                flops = [_flops(model, each) for each in ids]
-        except Exception as error:
-            raise Refused(f"a small model doesn't run at other sizes ({type(error).__name__}: {error})") from error
-        samples.append({**axes, "moe_intermediate": axes["moe"]})
-        held = [t for layer in getattr(cache, "layers", ()) for t in (layer.keys, layer.values) if t is not None]
-        cached.append(sum(t.numel() for t in held) // LENGTHS[0])
-        (a, b, c), n = flops, LENGTHS[1] - LENGTHS[0]
-        scored.append((c - 2 * b + a) // (2 * n * n) // 2)
-    words = tuple(word for word in words if word in ("kv_head", "group", "head_dim"))
-    if any(n % layers for n in (*cached, *scored)):
-        raise Refused("layers differ in what they attend to and keep of it")
-    dims = [fit(samples, [n // layers for n in found], words) for found in (cached, scored)]
-    if dims[0] is None or dims[1] is None:
-        raise Refused("what a token adds to the cache, or costs for each token that it attends to, is no sum of products")
-    cache, scores = (next(iter(layouts(dim)), "0") for dim in dims)  # type: ignore[arg-type]
+        cached, scored = _measured(probe, axes)
+        for dim, found, what in ((cache, cached, "what a token adds to the cache"), (scores, scored, "attention's cost")):
+            expected = Dim.parse(dim).size(axes) * probe.depth
+            if found != expected:
+                raise Refused(f"{what} is {found}, not {dim} = {expected}: no term of a table says what it is")
     return cache, scores
+
+
+def _measured(probe: Probe, axes: Mapping[str, int]) -> tuple[int, int]:
+    """Entries of the cache a token, and multiply-adds a token and position, at these sizes; over all layers."""
+    try:
+        model = random_model(probe.keys.small(layers=probe.depth, **axes), dtype=torch.float32)
+        with torch.no_grad(), quiet():
+            ids = [tokens(axes["vocab"], sequences=1, length=n) for n in LENGTHS]
+            cache = model(ids[0], use_cache=True).past_key_values
+            a, b, c = (_flops(model, each) for each in ids)
+    except Exception as error:  # whatever a model does at sizes that it wasn't made for
+        raise Refused(f"a small model doesn't run at other sizes ({type(error).__name__}: {error})") from error
+    held = [t for layer in getattr(cache, "layers", ()) for t in (layer.keys, layer.values) if t is not None]
+    step = LENGTHS[1] - LENGTHS[0]
+    return sum(t.numel() for t in held) // LENGTHS[0], (c - 2 * b + a) // (4 * step * step)
 
 
 def _flops(model: nn.Module, ids: torch.Tensor) -> int:

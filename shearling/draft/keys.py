@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
 from shearling.draft.build import check_known, make_config, on_meta, quiet
 from shearling.draft.refused import Refused
 
@@ -24,7 +22,8 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "moe_intermediate_size": ("expert_ffn_hidden_size",),
     "vocab_size": (),
 }
-SMALL = {"kv_head": 2, "group": 2, "head_dim": 8, "hidden": 40, "intermediate": 28, "vocab": 72, "expert": 6, "moe": 12}
+SMALL = {"kv_head": 2, "group": 3, "head_dim": 8, "hidden": 36, "intermediate": 20, "vocab": 43, "expert": 5, "moe": 12}
+WINDOW = 8  # tokens: shorter than the texts tried, so that it matters which layers have one
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 
@@ -39,6 +38,7 @@ class Keys:
     own_head_dim: bool  # whether the type has a head_dim apart from hidden_size / num_attention_heads
     grouped: bool  # whether it has key/value heads of their own
     coupled: bool = False  # whether hidden = heads * head_dim in the code itself
+    divides: bool = False  # whether the class insists that heads divide hidden
     overrides: Mapping[str, Any] = field(default_factory=dict)  # what else a small model needs changed, to run at all
 
     @classmethod
@@ -93,6 +93,8 @@ class Keys:
                 config[key] = 1
             elif key.endswith(("dropout", "pdrop")) and isinstance(value, float):
                 config[key] = 0.0
+            elif ("window" in key or "chunk" in key) and type(value) is int and value > WINDOW and "layers" not in key:
+                config[key] = WINDOW
         for key in TOP_K:
             if key in config and isinstance(config[key], int):
                 config[key] = min(config[key], 2)
@@ -100,6 +102,14 @@ class Keys:
 
     def changed(self, **overrides: Any) -> "Keys":
         return replace(self, overrides={**self.overrides, **overrides})
+
+    def refuses(self, **axes: int) -> bool:
+        """Whether the class can't be built at these sizes."""
+        try:
+            on_meta(self.small(layers=2, **axes))
+        except Exception:  # whatever it says of them
+            return True
+        return False
 
     def _with_heads(self) -> "Keys":
         """Finds out by building: does head_dim have a key that is heeded, do key/value heads?"""
@@ -128,13 +138,13 @@ def _moves(keys: Keys, axis: str, value: int) -> bool:
     if axis == "group":  # the same heads, shared by fewer key/value heads
         second = {**first, keys.names["num_key_value_heads"]: SMALL["kv_head"] * SMALL["group"]}
     try:
-        return _extents(on_meta(first)) != _extents(on_meta(second))
+        return _extents(first) != _extents(second)
     except Exception:  # what the class says of it doesn't matter: it isn't heeded
         return False
 
 
-def _extents(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+def _extents(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(p.shape)) for name, p in on_meta(config).named_parameters()]
 
 
 def _key(size: str, made: Any, known: Mapping[str, Any]) -> str | None:

@@ -14,8 +14,8 @@ from shearling.draft.refused import Refused
 from shearling.draft.stream import Ends, Part, read_block, read_ends
 from shearling.draft.trace import Trace, blocks_of, trace
 
-SAMPLES = 40  # sizes tried on the meta device
-LEAST_LAYERS, MOST_LAYERS = 3, 12  # of the small models that are run
+SAMPLES = 12  # sizes tried on the meta device: what three words in a product need, and SPARE
+LEAST_LAYERS, MOST_LAYERS = 2, 12  # of the small models that are run
 ROTARY = 4  # what absolute sizes of rotary parts are lowered to, where a small head has no room for them
 
 
@@ -45,6 +45,8 @@ class Probe:
 def probe(config: Mapping[str, Any]) -> Probe:
     """Raises Refused for whatever can't be built, run or explained."""
     keys, depth = runnable(Keys.read(config))
+    if not keys.coupled and "num_attention_heads" in keys.names:
+        keys = replace(keys, divides=keys.refuses(hidden=SMALL["hidden"] + 2))
     small = keys.small(layers=depth)
     model = random_model(small)
     found = trace(model, tokens(small[keys.names["vocab_size"]]), layers=depth)
@@ -130,7 +132,7 @@ def sample(keys: Keys, layers: int) -> tuple[tuple[dict[str, int], ...], dict[st
             continue
         samples.append(axes)
         extents.append({name: tuple(p.shape) for name, p in model.named_parameters()})
-    if len(samples) < SAMPLES // 2:
+    if len(samples) < SAMPLES:
         raise Refused("the class refuses nearly all sizes")
     names = list(extents[0])
     if any(list(found) != names for found in extents):

@@ -8,6 +8,7 @@ from shearling.axes.layers import LayerRule
 from shearling.axes.spec import Family, Normalisation
 from shearling.draft.build import make_config, quiet
 from shearling.draft.facts import costs, head_is_tied, logits_keys, norm_kinds
+from shearling.draft.keys import Keys
 from shearling.draft.probe import Probe
 from shearling.draft.refused import Refused
 from shearling.draft.rows import CHANNELS, Line, Rows, embedding_scale
@@ -34,7 +35,7 @@ class Proposal:
 
     def family(self, choice: Mapping[str, tuple[int, ...]], uncut: Mapping[str, str] | None = None) -> Family:
         """With these layouts, by row, and these axes left whole."""
-        text = [line if isinstance(line, str) else line.text(choice.get(line.name, (0,) * 3)) for line in self.lines]
+        text = [line if isinstance(line, str) else line.text(choice.get(line.name, ())) for line in self.lines]
         return Family(**self.facts, table="\n".join(text) + "\n", uncut={**self.doubts, **(uncut or {})})
 
 
@@ -53,7 +54,7 @@ def propose(probe: Probe) -> Proposal:
             option = () if name == next(iter(norms)) else (f"norm={name}",)
             line = Line(line.role, line.name, line.dims, (*line.options, *option))
         named.append(line)
-    cache, scores = costs(probe, rows.words)
+    cache, scores = costs(probe)
     facts: dict[str, Any] = {
         "name": f"{probe.keys.config['model_type']} (drafted)",
         "model_types": (probe.keys.config["model_type"],),
@@ -63,11 +64,14 @@ def propose(probe: Probe) -> Proposal:
         "names": {size: key for size, key in probe.keys.names.items() if size != key},
         "defaults": _defaults(probe),
         "logits": logits_keys(probe),
+        "requires": _required(probe.keys),
         "layer_rules": tuple(LayerRule(key) for key in probe.keys.layer_lists),
     }
     doubts = _doubts(probe, named)
     if CHANNELS in " ".join(way for line in named if isinstance(line, Line) for ways in line.dims for way in ways):
         facts["fixed"] = {CHANNELS: "hidden_size"}
+    if probe.keys.divides:
+        facts["divides"] = ("hidden_size % num_attention_heads",)
     if probe.keys.coupled:
         facts["coupled"] = ("hidden_size == num_attention_heads * head_dim",)
     return Proposal(probe, tuple(named), facts, doubts)
@@ -130,28 +134,43 @@ def _defaults(probe: Probe) -> dict[str, Any]:
     """What the class fills in for the sizes and flags that the config leaves out."""
     keys = probe.keys
     found: dict[str, Any] = {"tie_word_embeddings": head_is_tied(probe.model)}
-    for size in keys.names:
-        if keys.raw.get(keys.names[size]) is None:
-            value = _derived(probe, size)
-            if value is not None:
-                found[keys.names[size]] = value
-    if keys.coupled and "num_attention_heads" in keys.names:
+    for size, key in keys.names.items():
+        if keys.raw.get(key) is None:
+            found[key] = _derived(keys, size)
+    if "num_attention_heads" in keys.names and "head_dim" not in keys.names:
         found["head_dim"] = "hidden_size / num_attention_heads"
-    for key in {kind.eps_key for kind in ()}:
-        found[key] = keys.config[key]
-    return found
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _derived(probe: Probe, size: str) -> Any:
-    """An expression that gives what the class makes of a size that the config leaves out, or the number itself."""
-    keys = probe.keys
+def _required(keys: Keys) -> dict[str, Any]:
+    """All that the config says beside its sizes: what the table is proved with, and for."""
+    sizes = {*keys.names.values(), *keys.layer_lists}
+    return {
+        key: value
+        for key, value in keys.raw.items()
+        if key not in sizes and key not in HARMLESS and not key.endswith(("_token_id", "dropout", "pdrop"))
+    }
+
+
+def _derived(keys: Keys, size: str) -> Any:
+    """An expression for what the class makes of a size that the config leaves out, or the number itself."""
     ways = {
-        "num_key_value_heads": ("num_attention_heads",),
-        "head_dim": ("hidden_size / num_attention_heads",),
-        "intermediate_size": ("hidden_size * 4",),
-    }.get(size, ())
-    del ways
-    return keys.config.get(keys.names[size])
+        "num_key_value_heads": "num_attention_heads",
+        "head_dim": "hidden_size / num_attention_heads",
+        "intermediate_size": "4 * hidden_size",
+    }
+    key = keys.names[size]
+    left_out = {k: v for k, v in keys.small(layers=2).items() if k != key or k in keys.raw}
+    if key in keys.raw:
+        left_out[key] = None
+    with quiet():
+        made = make_config(left_out)
+    hidden, heads = left_out[keys.names["hidden_size"]], left_out.get(keys.names.get("num_attention_heads", ""), 1)
+    value, way = getattr(made, key, None), ways.get(size)
+    expected = {"num_attention_heads": heads, "hidden_size / num_attention_heads": hidden // heads, "4 * hidden_size": 4 * hidden}
+    if way is not None and (value is None or value == expected[way]):
+        return way
+    return value
 
 
 def _doubts(probe: Probe, lines: list[Line | str]) -> dict[str, str]:

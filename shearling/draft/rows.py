@@ -6,13 +6,11 @@ x W + b is held against what each module gives, so that a module which does more
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shearling.draft.fit import fit, layouts
-from shearling.draft.probe import Probe, module_of, owner
+from shearling.draft.probe import Probe
 from shearling.draft.refused import Refused
 from shearling.draft.stream import Part
 from shearling.draft.trace import Call, same
@@ -31,8 +29,9 @@ class Line:
     dims: tuple[tuple[str, ...], ...]
     options: tuple[str, ...] = ()
 
-    def text(self, choice: Sequence[int]) -> str:
-        dims = (ways[min(i, len(ways) - 1)] for ways, i in zip(self.dims, choice, strict=True))
+    def text(self, choice: Sequence[int] = ()) -> str:
+        """The line, with these of the layouts of its dims, or with the likeliest."""
+        dims = (ways[i] for ways, i in zip(self.dims, choice or [0] * len(self.dims), strict=True))
         return " ".join((self.role, self.name, *dims, *self.options))
 
 
