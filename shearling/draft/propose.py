@@ -137,8 +137,8 @@ def _defaults(probe: Probe) -> dict[str, Any]:
     for size, key in keys.names.items():
         if keys.raw.get(key) is None:
             found[key] = _derived(keys, size)
-    if "num_attention_heads" in keys.names and "head_dim" not in keys.names:
-        found["head_dim"] = "hidden_size / num_attention_heads"
+    if "num_attention_heads" in keys.names:
+        found.setdefault("head_dim", "hidden_size / num_attention_heads")
     return {key: value for key, value in found.items() if value is not None}
 
 
