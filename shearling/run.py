@@ -42,9 +42,7 @@ def run(
         make_store(recipe.data, tokenizer=recipe.model, out=store, progress=documents)
         record.write("stage", name="data", folder=store)
 
-    pruned = prune(
-        recipe.model, data=store, out=str(out / "prune"), asked=recipe.prune, arch=recipe.arch, watch=watch
-    )
+    pruned = prune(recipe.model, data=store, out=str(out / "prune"), asked=recipe.prune, arch=recipe.arch, watch=watch)
     record.write("stage", name="prune", folder=str(pruned.out), losses=pruned.losses)
     folders, losses = {"prune": pruned.out}, {"source": pruned.source_losses, "cut": pruned.losses}
 

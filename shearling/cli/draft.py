@@ -7,7 +7,7 @@ from shearling.errors import UserError
 
 
 def show_draft(model: str, *, out: str | None, as_json: bool) -> None:
-    """Drafts a family, writes it to `out` if one is given, prints it otherwise. Raises UserError where it is refused."""
+    """Drafts a family and writes it to `out`, or prints it where none is given. Raises UserError for a refusal."""
     if out is not None and Path(out).expanduser().exists():
         raise UserError("--out", found=f"{out}, which exists", expected="a new file", change="choose another name")
 

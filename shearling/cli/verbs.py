@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shearling import __version__
+from shearling.cli.draft import show_draft
 from shearling.cli.options import (
     Arch,
     AtEnd,
@@ -44,7 +45,6 @@ from shearling.cli.options import (
     teacher_words,
     those_given,
 )
-from shearling.cli.draft import show_draft
 from shearling.cli.show import (
     Progress,
     in_bytes,
@@ -466,7 +466,7 @@ def demo(out: Out = "demo", seed: Seed = 0, as_json: Json = False) -> None:
     from shearling.demo.page import summary, write_demo_page
 
     with Progress(quiet=as_json) as progress:
-        found = compare(Path(out) / f"seed-{seed}", seed=seed, arch=arch, watch=progress.steps)
+        found = compare(Path(out) / f"seed-{seed}", seed=seed, watch=progress.steps)
     page = write_demo_page(Path(out) / f"seed-{seed}.html", found)
     if as_json:
         print_json({**{arm.label: asdict(arm) for arm in found.arms}, "passed": found.passed, "page": page})

@@ -72,11 +72,10 @@ def tokens(vocab: int, *, sequences: int = 2, length: int = 17, seed: int = 1) -
 
 def check_known(config: Mapping[str, Any]) -> None:
     """Raises Refused for a type that transformers has no causal decoder for."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise Refused(f"transformers has no config of the type {model_type!r}")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Refused(f"transformers has no causal decoder of the type {model_type!r}")

@@ -1,6 +1,6 @@
 """`inspect --draft`: a family for a model type without a table, proved along the axes that it names, or refused."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -9,6 +9,7 @@ from typing import Any
 from shearling.arch import families
 from shearling.arch.file import dump
 from shearling.axes.spec import Family
+from shearling.conformance.proof import CHECKS
 from shearling.draft.layout import choose
 from shearling.draft.probe import probe
 from shearling.draft.propose import propose
@@ -32,29 +33,34 @@ class Draft:
         """The file that holds the family."""
         assert self.family is not None
         head = f"# Drafted from transformers' own class and proved along: {', '.join(self.axes)}.\n"
-        return head + "# It holds for configs that say all of `requires`. See docs/add-a-family.md.\n" + dump(self.family)
+        return (
+            head + "# It holds for configs that say all of `requires`. See docs/add-a-family.md.\n" + dump(self.family)
+        )
 
     def to_json(self) -> dict[str, Any]:
         uncut = dict(self.family.uncut) if self.family else {}
         return {**{k: v for k, v in asdict(self).items() if k != "family"}, "uncut": uncut}
 
 
-def draft(config: Mapping[str, Any]) -> Draft:
-    """Proposes a table for a raw config and proves it. What can't be explained is refused, never guessed."""
+def draft(config: Mapping[str, Any], *, checks: Collection[str] = CHECKS) -> Draft:
+    """Proposes a table for a raw config and proves it. What can't be explained is refused, never guessed.
+
+    `checks` are those of conformance/proof.py.
+    """
     started, model_type = perf_counter(), str(config.get("model_type"))
     try:
-        found = _draft(config)
+        found = _draft(config, checks)
     except Refused as refused:
         found = Draft(model_type, refused=str(refused))
     return Draft(**{**found.__dict__, "seconds": round(perf_counter() - started, 1)})
 
 
-def _draft(config: Mapping[str, Any]) -> Draft:
+def _draft(config: Mapping[str, Any], checks: Collection[str]) -> Draft:
     found = probe(config)
     proposal = propose(found)
     choice, unlike = choose(proposal)
     family = proposal.family(choice, unlike)
-    proved = prove_draft(family, found.keys, found.depth)
+    proved = prove_draft(family, found.keys, found.depth, checks)
     if proved.wrong:
         raise Refused(f"the table that was proposed isn't the model: {proved.wrong}")
     if not proved.axes:

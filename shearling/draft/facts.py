@@ -52,7 +52,9 @@ def logits_keys(probe: Probe) -> dict[str, str]:
     """What is done to logits after the head, and the config's key for it. Raises Refused for anything unknown."""
     if probe.ends.logits is not None and abs(probe.ends.logits - 1) < 1e-6:
         return {}
-    floats = {key: float(v) for key, v in probe.small.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    floats = {
+        key: float(v) for key, v in probe.small.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     head = probe.trace.at(probe.ends.head).output.double()
     if probe.ends.logits is None:
         for key, cap in floats.items():
@@ -84,12 +86,15 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def costs(probe: Probe) -> tuple[str, str]:
-    """The dims `cache` and `scores` of a family whose layers all attend. Raises Refused where they are other than usual."""
+    """The dims `cache` and `scores` where all layers attend. Raises Refused where they are other than usual."""
     heads = "kv_head*group*head_dim" if probe.keys.grouped else "kv_head*head_dim"
     cache, scores = "2*kv_head*head_dim", f"2*{heads}"
     for axes in probe.samples[:MEASURED]:
         cached, scored = _measured(probe, axes)
-        for dim, found, what in ((cache, cached, "what a token adds to the cache"), (scores, scored, "attention's cost")):
+        for dim, found, what in (
+            (cache, cached, "what a token adds to the cache"),
+            (scores, scored, "attention's cost"),
+        ):
             expected = Dim.parse(dim).size(axes) * probe.depth
             if found != expected:
                 raise Refused(f"{what} is {found}, not {dim} = {expected}: no term of a table says what it is")

@@ -124,7 +124,6 @@ class Keys:
             return grouping
         return found
 
-
     def _heeded(self) -> "Keys":
         """Without the sizes that the class derives from others, whatever their key says."""
         axes = {"intermediate_size": "intermediate", "num_experts": "expert", "moe_intermediate_size": "moe"}

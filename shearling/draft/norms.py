@@ -49,7 +49,9 @@ def _fitting(norm: nn.Module, attribute: str) -> list[tuple[str, bool, float]]:
     try:
         for eps, scale in product((LARGE_EPS, before), (0.05, 1.0, 20.0)):
             setattr(norm, attribute, eps)
-            x = scale * (torch.randn(5, weight.numel(), generator=generator, dtype=torch.float64) + 0.5).to(weight.dtype)
+            x = scale * (torch.randn(5, weight.numel(), generator=generator, dtype=torch.float64) + 0.5).to(
+                weight.dtype
+            )
             y = norm(x.reshape(5, *weight.shape))
             fits = [(c, o) for c, o in fits if _close(y, _formula(x, weight, bias, eps, centred=c, offset=o))]
     except (RuntimeError, TypeError, ValueError):
@@ -59,9 +61,7 @@ def _fitting(norm: nn.Module, attribute: str) -> list[tuple[str, bool, float]]:
     return [(attribute, centred, offset) for centred, offset in fits]
 
 
-def _formula(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool, offset: float
-) -> Tensor:
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool, offset: float) -> Tensor:
     x = x.double()
     x = x - x.mean(-1, keepdim=True) if centred else x
     y = (offset + weight.double().reshape(-1)) * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -43,7 +43,11 @@ def propose(probe: Probe) -> Proposal:
     """Raises Refused, naming what isn't explained."""
     rows = Rows(probe)
     lines = list(_lines(probe, rows))
-    paths = {line.name.removesuffix(".weight"): line for line in lines if isinstance(line, Line) and line.role in ("norm", "post")}
+    paths = {
+        line.name.removesuffix(".weight"): line
+        for line in lines
+        if isinstance(line, Line) and line.role in ("norm", "post")
+    }
     kinds = norm_kinds(probe, {star: _module(probe, star) for star in paths})
     norms = _named(kinds)
     named: list[Line | str] = []
@@ -82,7 +86,9 @@ def _lines(probe: Probe, rows: Rows) -> Iterator[Line | str]:
     for part in probe.ends.embeds:
         scale = embedding_scale(probe, part) if part is probe.ends.embeds[0] else 1.0
         scaled = ("scaled=hidden",) if abs(scale - probe.small[probe.keys.names["hidden_size"]] ** 0.5) < 1e-3 else ()
-        yield Line("embed", f"{part.path}.weight", (_first_dim(probe, rows, f"{part.path}.weight"), ("hidden",)), scaled)
+        yield Line(
+            "embed", f"{part.path}.weight", (_first_dim(probe, rows, f"{part.path}.weight"), ("hidden",)), scaled
+        )
     blocks = [tuple(rows.block(layer)) for layer in range(probe.depth)]
     for layer, block in enumerate(blocks):
         if block != blocks[0]:
@@ -135,7 +141,7 @@ def _defaults(probe: Probe) -> dict[str, Any]:
     keys = probe.keys
     found: dict[str, Any] = {"tie_word_embeddings": head_is_tied(probe.model)}
     for size, key in keys.names.items():
-        if keys.raw.get(key) is None:
+        if keys.raw.get(key) is None or size == "head_dim":  # which a cut may have to write out
             found[key] = _derived(keys, size)
     if "num_attention_heads" in keys.names:
         found.setdefault("head_dim", "hidden_size / num_attention_heads")
@@ -160,14 +166,18 @@ def _derived(keys: Keys, size: str) -> Any:
         "intermediate_size": "4 * hidden_size",
     }
     key = keys.names[size]
-    left_out = {k: v for k, v in keys.small(layers=2).items() if k != key or k in keys.raw}
-    if key in keys.raw:
+    left_out = {k: v for k, v in keys.small(layers=2).items() if k != key}
+    if key in keys.raw and keys.raw[key] is None:
         left_out[key] = None
     with quiet():
         made = make_config(left_out)
     hidden, heads = left_out[keys.names["hidden_size"]], left_out.get(keys.names.get("num_attention_heads", ""), 1)
     value, way = getattr(made, key, None), ways.get(size)
-    expected = {"num_attention_heads": heads, "hidden_size / num_attention_heads": hidden // heads, "4 * hidden_size": 4 * hidden}
+    expected = {
+        "num_attention_heads": heads,
+        "hidden_size / num_attention_heads": hidden // heads,
+        "4 * hidden_size": 4 * hidden,
+    }
     if way is not None and (value is None or value == expected[way]):
         return way
     return value

@@ -4,19 +4,15 @@ The small models have everything else as the user's config says it. Layers are c
 rule that goes by a layer's number may show in deep models alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from shearling.axes.axis import MASKABLE
 from shearling.axes.spec import Family
 from shearling.conformance.exact import masked_is_cut
 from shearling.conformance.finding import Finding
 from shearling.conformance.model import random_model
-from shearling.conformance.proof import Proof, prove
-from shearling.conformance.table import names_on_disk, table_is_model
+from shearling.conformance.proof import CHECKS, Proof, prove
 from shearling.conformance.targets import alone
 from shearling.draft.build import quiet
 from shearling.draft.keys import Keys
@@ -27,7 +23,7 @@ DEEPEST = 64  # layers of a model that is tried at its own depth
 
 @dataclass(frozen=True)
 class Proved:
-    """The axes along which everything held, why the others are left whole, and what was wrong with all of it if it was."""
+    """The axes along which everything held, why the others are left whole, and what was wrong with all of it."""
 
     axes: tuple[str, ...]
     uncut: Mapping[str, str]
@@ -35,33 +31,19 @@ class Proved:
     errors: Mapping[str, float]
 
 
-def prove_draft(family: Family, keys: Keys, depth: int) -> Proved:
-    """Tries a family on small models of the config that it was drafted from."""
+def prove_draft(family: Family, keys: Keys, depth: int, checks: Collection[str] = CHECKS) -> Proved:
+    """Tries a family on small models of the config that it was drafted from; `checks` are conformance's."""
     shallow = max(depth, LAYERS)
     configs = {"small": keys.small(layers=shallow), "other sizes": keys.small(layers=shallow, **_other(keys))}
     with quiet():
-        table = list(_table(family, configs))
-        wrong = next((finding for finding in table if not finding.held), None)
-        if wrong is not None:
-            return Proved((), {}, str(wrong), {})
-        proof = prove(family, configs=configs, checks=("axes", "training", "reload"))
-        deep = list(_deep(family, keys, shallow))
+        proof = prove(family, configs=configs, checks=checks)
+        deep = list(_deep(family, keys, shallow)) if proof.axes else []
     return _judged(family, proof, deep)
 
 
 def _other(keys: Keys) -> dict[str, int]:
     """Sizes in other proportions: as many key/value heads as heads, a narrower block."""
     return {"kv_head": 3, "group": 1, "intermediate": 27, "hidden": 30}
-
-
-def _table(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
-    for name, config in configs.items():
-        try:
-            yield table_is_model(family, config, name)
-            with TemporaryDirectory() as folder:
-                yield names_on_disk(family, config, Path(folder), name)
-        except Exception as error:  # whatever a table that isn't the model's leads to
-            yield Finding("table", name, why=f"{type(error).__name__}: {error}")
 
 
 def _deep(family: Family, keys: Keys, shallow: int) -> Iterator[Finding]:
@@ -85,5 +67,5 @@ def _judged(family: Family, proof: Proof, deep: list[Finding]) -> Proved:
     tried = {axis for finding in findings for axis in finding.of}
     axes = tuple(axis for axis in MASKABLE if axis in tried and axis not in failed)
     untried = {axis for axis in MASKABLE if axis in family.axes} - tried - set(family.uncut)
-    uncut = {**failed, **{axis: "no smaller size of it that the family allows was found" for axis in untried}}
+    uncut = {**failed, **dict.fromkeys(untried, "no smaller size of it that the family allows was found")}
     return Proved(axes, {axis: f"not proved: {why}" for axis, why in uncut.items()}, "", proof.errors)

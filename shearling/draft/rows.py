@@ -46,8 +46,15 @@ class Rows:
     def words(self) -> tuple[str, ...]:
         keys = self.probe.keys
         found = ["kv_head", *(["group"] if keys.grouped else []), "head_dim"]
-        found += [word for word, size in (("intermediate", "intermediate_size"), ("expert", "num_experts"),
-                                          ("moe_intermediate", "moe_intermediate_size")) if size in keys.names]
+        found += [
+            word
+            for word, size in (
+                ("intermediate", "intermediate_size"),
+                ("expert", "num_experts"),
+                ("moe_intermediate", "moe_intermediate_size"),
+            )
+            if size in keys.names
+        ]
         return (*found, *([] if keys.coupled else ["hidden"]))
 
     def dims(self, name: str, stream: int | None) -> tuple[tuple[str, ...], ...]:
@@ -152,7 +159,7 @@ def _ordered(probe: Probe, layer: int) -> list[Part]:
 
 
 def embedding_scale(probe: Probe, part: Part) -> float:
-    """What a row of the token table is multiplied by on its way into the stream. Raises Refused if it isn't a number."""
+    """What a row of the token table is multiplied by on its way into the stream. Raises Refused if there is none."""
     call = probe.trace.at(part.path)
     weight = probe.model.get_parameter(f"{part.path}.weight").double()
     rows: Tensor = weight[probe.trace.ids]
@@ -160,5 +167,3 @@ def embedding_scale(probe: Probe, part: Part) -> float:
     if not same(call.output, ratio * rows):
         raise Refused(f"{part.path} gives something else than rows of its table")
     return ratio * part.scale
-
-

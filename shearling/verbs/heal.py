@@ -56,10 +56,8 @@ class PhasePlan:
     same_mixture: bool
 
 
-def heal(
-    model: str, *, data: str, out: str, asked: Heal, arch: str | None = None, watch: Watch = unwatched
-) -> Healed:
-    """Trains `model` on `data` and leaves the result as a model folder at `out`; `arch` is its family's file, if any."""
+def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = None, watch: Watch = unwatched) -> Healed:
+    """Trains `model` on `data` and leaves the result as a model folder at `out`; `arch` is its family's file."""
     source = Source.open(model, dtype=asked.dtype, arch=arch)
     phases = [_plan(phase, source, own or data, same) for phase, own, same in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]

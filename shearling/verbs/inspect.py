@@ -14,17 +14,11 @@ from shearling.axes.target import uncut
 from shearling.weights.config import read_config
 
 
-<<<<<<< HEAD
-def inspect(model: str) -> dict[str, Any]:
-    """Family, shape, axes, parameters per group and memory of a model folder, a config file or a Hub id.
-
-    `cut_along` are the axes that it can be cut along, `left_whole` the others, each with the reason.
-=======
 def inspect(model: str, *, arch: str | None = None) -> dict[str, Any]:
     """Family, shape, axes, parameters per group and memory of a model folder, a config file or a Hub id.
 
-    `arch` is the file of its family, where that has no table.
->>>>>>> 380431c (Families as files, --arch; drafts proposed and proved)
+    `cut_along` are the axes that it can be cut along, `left_whole` the others, each with the reason. `arch` is the file
+    of its family, where that has no table.
     """
     path = Path(model).expanduser()
     if not path.exists() or path.suffix == ".gguf":

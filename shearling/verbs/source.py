@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from shearling.arch import family_of
-from shearling.arch.file import FILE, digest, dump, given
 from shearling.arch.config import config_at, max_positions
+from shearling.arch.file import FILE, digest, dump, given
 from shearling.axes.count import parameters
 from shearling.axes.shape import Shape, shape_of
 from shearling.axes.spec import Family
