@@ -30,6 +30,14 @@ def described() -> tuple[tuple[str, tuple[Family, ...]], ...]:
     return tuple(found)
 
 
+_adopted: dict[str, Family] = {}  # by model type: families out of files that this process works with
+
+
+def adopt(family: Family) -> None:
+    """From here on `family_of` gives this family for its types: for what knows a model by its type alone, as losses do."""
+    _adopted.update(dict.fromkeys(family.model_types, family))
+
+
 def family_of(config: Mapping[str, Any], given: Family | None = None) -> Family:
     """The family of a Hugging Face config: the one `given`, out of a file, else the one that has a table here.
 
@@ -37,8 +45,9 @@ def family_of(config: Mapping[str, Any], given: Family | None = None) -> Family:
     """
     if given is not None:
         check_for(given, config)
+        adopt(given)
         return given
-    known = {model_type: family for family in families() for model_type in family.model_types}
+    known = {model_type: family for family in families() for model_type in family.model_types} | _adopted
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]

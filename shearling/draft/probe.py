@@ -118,7 +118,7 @@ def sample(keys: Keys, layers: int) -> tuple[tuple[dict[str, int], ...], dict[st
         axes = {
             "kv_head": draw.randint(1, 5),
             "group": draw.randint(1, 4) if keys.grouped else 1,
-            "head_dim": 4 * draw.randint(1, 5),
+            "head_dim": 8 * draw.randint(1, 4),
             "intermediate": draw.randint(7, 60),
             "expert": draw.randint(4, 9),
             "moe": draw.randint(5, 40),

@@ -7,6 +7,7 @@ rule that goes by a layer's number may show in deep models alone.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from shearling.arch import adopt
 from shearling.axes.axis import MASKABLE
 from shearling.axes.spec import Family
 from shearling.conformance.exact import masked_is_cut
@@ -35,6 +36,7 @@ def prove_draft(family: Family, keys: Keys, depth: int, checks: Collection[str] 
     """Tries a family on small models of the config that it was drafted from; `checks` are conformance's."""
     shallow = max(depth, LAYERS)
     configs = {"small": keys.small(layers=shallow), "other sizes": keys.small(layers=shallow, **_other(keys))}
+    adopt(family)
     with quiet():
         proof = prove(family, configs=configs, checks=checks)
         deep = list(_deep(family, keys, shallow)) if proof.axes else []
