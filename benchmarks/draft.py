@@ -1,6 +1,6 @@
-"""What `inspect --draft` makes of model types that have no table: drafts.json, from which docs/families.md tells.
+"""What `inspect --draft` makes of model types that have no table: draft.json, from which docs/families.md tells.
 
-    python benchmarks/draft.py [TYPE ...] [--json benchmarks/drafts.json] [--checks table,axes,training,reload]
+    python benchmarks/draft.py [TYPE ...] [--json benchmarks/draft.json] [--checks table,axes,training,reload]
 
 Each type's config is transformers' own default, with what that leaves out filled in as published models have it. Types
 named on the command line are tried again and the others' outcomes kept.
@@ -48,7 +48,7 @@ def described(found: Draft) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
-    parser.add_argument("--json", default=str(Path(__file__).with_name("drafts.json")))
+    parser.add_argument("--json", default=str(Path(__file__).with_name("draft.json")))
     parser.add_argument("--checks", default="table,axes,training,reload")
     asked = parser.parse_args()
     path = Path(asked.json)
