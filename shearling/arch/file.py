@@ -36,8 +36,9 @@ def parse(values: Mapping[str, Any], *, where: str = "family") -> Family:
 
 
 def dump(family: Family) -> str:
-    """The file of a family: every field that isn't at its default."""
-    return yaml.dump(_plain(family), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    """The file of a family: every field that isn't at its default, the table's lines without their margin."""
+    table = "\n".join(line.strip() for line in family.table.strip().splitlines()) + "\n"
+    return yaml.dump({**_plain(family), "table": table}, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def digest(family: Family) -> str:
