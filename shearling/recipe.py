@@ -13,6 +13,7 @@ from shearling.axes.target import parse_target
 from shearling.errors import UserError, nearest, raise_all
 from shearling.masks.options import PAPER, Options
 from shearling.mixture.options import Options as Mixture
+from shearling.strict_yaml import StrictLoader, read_mapping
 from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
@@ -229,6 +230,7 @@ class Recipe(Section):
 
     model: str
     out: str
+    arch: str | None = None  # the file of the model's family, where that has no table
     data: Annotated[Data | str, BeforeValidator(parse_data)]  # documents, or a token store that is there already
     prune: Prune
     heal: Heal | None = None
@@ -269,20 +271,6 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     return validated(Recipe, values)
 
 
-def read_mapping(path: Path, *, what: str, change: str = "mend the file") -> dict[str, Any]:
-    """The keys and values of a YAML file, of which JSON is a kind; `what` it is. Raises UserError, a key twice too."""
-    what = f"{what} {path}"
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise UserError(what, found=error.strerror, expected="a YAML file", change="check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(what, found=str(error), expected="YAML", change="mend the file") from error
-    if not isinstance(values, dict):
-        raise UserError(what, found=type(values).__name__, expected="keys and values", change=change)
-    return values
-
-
 def write_recipe(recipe: Recipe, out: Path) -> None:
     """Makes the run's folder, with its resolved recipe. Raises UserError where something else is in the way."""
     path, change = out / RECIPE_FILE, "choose another out, or move what is there away"
@@ -294,20 +282,6 @@ def write_recipe(recipe: Recipe, out: Path) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"out {out}", found=error.strerror, expected="a folder to write", change=change) from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A key that comes twice is an error, not a silent last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        merged = "tag:yaml.org,2002:merge"  # `<<: *other` may come beside keys that override the other's
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merged]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{', '.join(sorted(map(repr, twice)))} comes twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
 
 
 def _override(values: dict[str, Any], setting: str) -> None:
@@ -323,7 +297,7 @@ def _override(values: dict[str, Any], setting: str) -> None:
             )
         values = inner
     try:
-        values[last] = yaml.load(value, _StrictLoader)
+        values[last] = yaml.load(value, StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {path}", found=repr(value), expected="a YAML value", change="quote it") from error
 

@@ -31,7 +31,7 @@ def run(
     documents: Callable[[str, int, int], None] | None = None,
 ) -> Ran:
     """data, prune, heal, model, report."""
-    open_target(recipe.model, recipe.prune)  # a mistake there shows before hours of data
+    open_target(recipe.model, recipe.prune, arch=recipe.arch)  # a mistake there shows before hours of data
     out = Path(recipe.out).expanduser()
     write_recipe(recipe, out)
     record = Record(out / "record.jsonl")
@@ -42,7 +42,7 @@ def run(
         make_store(recipe.data, tokenizer=recipe.model, out=store, progress=documents)
         record.write("stage", name="data", folder=store)
 
-    pruned = prune(recipe.model, data=store, out=str(out / "prune"), asked=recipe.prune, watch=watch)
+    pruned = prune(recipe.model, data=store, out=str(out / "prune"), asked=recipe.prune, arch=recipe.arch, watch=watch)
     record.write("stage", name="prune", folder=str(pruned.out), losses=pruned.losses)
     folders, losses = {"prune": pruned.out}, {"source": pruned.source_losses, "cut": pruned.losses}
 

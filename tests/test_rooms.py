@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "shearling"
-ANYONE = {"shearling", "errors"}
+ANYONE = {"shearling", "errors", "strict_yaml"}
 
 # A room may import what stands in a lower row, and of its own row itself alone.
 ROWS = (
     ("cli",),
-    ("run", "demo"),
+    ("run", "demo", "draft"),
     ("verbs",),
     ("conformance",),
     ("recipe",),
@@ -39,7 +39,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) not in ("__init__", "errors"))
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) not in ("__init__", "errors", "strict_yaml"))
 
 
 def test_every_room_has_its_place() -> None:
@@ -64,7 +64,9 @@ PURE = ("axes", "arch", "mixture")
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in PURE], ids=lambda path: path.name)
 def test_the_pure_rooms_stand_on_the_standard_library(path: Path) -> None:
     for name in imports(path):
-        assert name.partition(".")[0] in {*sys.stdlib_module_names, "shearling"}, name
+        # A family may be a file, and that is YAML.
+        yaml = {"yaml"} if path.name == "file.py" and room_of(path) == "arch" else set()
+        assert name.partition(".")[0] in {*sys.stdlib_module_names, "shearling", *yaml}, name
 
 
 BANNED_CALLS = {"eval", "exec", "system", "popen", "urlopen"}

@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from shearling.axes.spec import Family
-from shearling.errors import UserError, nearest
+from shearling.errors import UserError, nearest, raise_all
 
 
 @cache
@@ -30,9 +30,24 @@ def described() -> tuple[tuple[str, tuple[Family, ...]], ...]:
     return tuple(found)
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config. Raises UserError for one that has no table."""
-    known = {model_type: family for family in families() for model_type in family.model_types}
+_adopted: dict[str, Family] = {}  # by model type: families out of files that this process works with
+
+
+def adopt(family: Family) -> None:
+    """From here on `family_of` gives this family for its types: for what knows a model by its type alone, as losses do."""
+    _adopted.update(dict.fromkeys(family.model_types, family))
+
+
+def family_of(config: Mapping[str, Any], given: Family | None = None) -> Family:
+    """The family of a Hugging Face config: the one `given`, out of a file, else the one that has a table here.
+
+    Raises UserError for a config that has no table, and for one that the given family isn't for.
+    """
+    if given is not None:
+        check_for(given, config)
+        adopt(given)
+        return given
+    known = {model_type: family for family in families() for model_type in family.model_types} | _adopted
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
@@ -56,5 +71,26 @@ def _unknown(config: Mapping[str, Any], known: Sequence[str]) -> UserError:
         "model_type",
         found=repr(model_type),
         expected=expected,
-        change="use a model of one of these families; " + nearest(str(model_type), known),
+        change=f"use a model of one of these families ({nearest(str(model_type), known)}), or have a table proposed: "
+        "`shearling inspect MODEL --draft --out FILE`, then --arch FILE",
+    )
+
+
+def check_for(family: Family, config: Mapping[str, Any]) -> None:
+    """Raises UserError unless the family is one for this config: of its model type, and with all that it requires."""
+    model_type = config.get("model_type")
+    if model_type not in family.model_types:
+        expected, change = f"one of {', '.join(family.model_types)}", "give the file of this model's own family"
+        raise UserError(f"model_type of a {family.name}", found=repr(model_type), expected=expected, change=change)
+    raise_all(
+        [
+            UserError(
+                f"config.json: {key}",
+                found=repr(config.get(key)),
+                expected=f"{wanted!r}, with which the family {family.name} was proved",
+                change="draft a family for this config: `shearling inspect MODEL --draft --out FILE`",
+            )
+            for key, wanted in family.requires.items()
+            if config.get(key) != wanted
+        ]
     )

@@ -46,6 +46,7 @@ class Family:
     layer_rules: tuple[LayerRule, ...] = ()  # keys of the config that follow the kept layers
     logits: Mapping[str, str] = field(default_factory=dict)  # "times", "over", "cap" -> key: what is done to logits
     uncut: Mapping[str, str] = field(default_factory=dict)  # axis, or "axis if FLAG" -> why it can't be cut along
+    requires: Mapping[str, Any] = field(default_factory=dict)  # of a draft: whatever else the config said, all of it
     tensors: tuple[Tensor, ...] = field(init=False)
 
     def __post_init__(self) -> None:

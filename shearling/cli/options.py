@@ -6,6 +6,9 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Model = Annotated[str, typer.Argument(help="A model folder, a Hub id or a .gguf file.", show_default=False)]
+Arch = Annotated[
+    str | None, typer.Option(help="A file with the model's family, where that has no table: see `inspect --draft`.")
+]
 DataStore = Annotated[str, typer.Option("--data", help="A token store, made by `shearling data`.", show_default=False)]
 Out = Annotated[str, typer.Option("--out", help="The folder that the result becomes.", show_default=False)]
 Tokens = Annotated[str | None, typer.Option(help="How many tokens to train on: 200K, 1.5M, 50B.")]

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shearling import __version__
+from shearling.cli.draft import show_draft
 from shearling.cli.options import (
+    Arch,
     AtEnd,
     Autocast,
     BatchTokens,
@@ -86,11 +88,22 @@ def _root(
 
 
 @app.command(name="inspect", epilog="Example: `shearling inspect models/SmolLM2-135M --json`")
-def inspect_(model: Model, as_json: Json = False) -> None:
+def inspect_(
+    model: Model,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Propose a table for a model type that has none, and prove it.")
+    ] = False,
+    out: Annotated[str | None, typer.Option(help="Of --draft: the file to write, for --arch.")] = None,
+    arch: Arch = None,
+    as_json: Json = False,
+) -> None:
     """Shape, axes, parameters per group and memory; a config alone is enough."""
+    if draft:
+        show_draft(model, out=out, as_json=as_json)
+        return
     from shearling.verbs.inspect import inspect
 
-    found = inspect(model)
+    found = inspect(model, arch=arch)
     if as_json:
         print_json(found)
         return
@@ -264,6 +277,7 @@ def prune(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = False,
+    arch: Arch = None,
     as_json: Json = False,
 ) -> None:
     """Cuts a model to exactly the shape that you ask for, by learned masks or by one-shot scores."""
@@ -286,7 +300,7 @@ def prune(
     from shearling.verbs.prune import prune
 
     with Progress(quiet=as_json) as progress:
-        result = prune(model, data=data, out=out, asked=section, watch=progress.steps)
+        result = prune(model, data=data, out=out, asked=section, arch=arch, watch=progress.steps)
     if as_json:
         print_json(result)
         return
@@ -327,6 +341,7 @@ def heal(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = False,
+    arch: Arch = None,
     as_json: Json = False,
 ) -> None:
     """Continued pre-training: brings back what the cut took."""
@@ -343,7 +358,7 @@ def heal(
     from shearling.verbs.heal import heal
 
     with Progress(quiet=as_json) as progress:
-        result = heal(model, data=data, out=out, asked=section, watch=progress.steps)
+        result = heal(model, data=data, out=out, asked=section, arch=arch, watch=progress.steps)
     if as_json:
         print_json(result)
         return
@@ -360,6 +375,7 @@ def eval_(
     windows: Annotated[int | None, typer.Option(help="Held-out windows a domain; left out, all.")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="To compute in; left out, float32.")] = None,
+    arch: Arch = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss per domain, with its standard error over documents, per byte, and as perplexity."""
@@ -369,7 +385,7 @@ def eval_(
 
     from shearling.verbs.evaluate import evaluate
 
-    result = evaluate(model, data=data, **asked.model_dump())
+    result = evaluate(model, data=data, arch=arch, **asked.model_dump())
     if as_json:
         print_json(result)
         return

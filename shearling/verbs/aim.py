@@ -77,7 +77,7 @@ def source_of(model: Source) -> tuple[Source | None, str]:
         return None, "no shearling.json says what this model was sheared from"
     name = origin["source"]["name"]
     try:
-        source = Source.open(name, dtype="float32")  # in whatever dtype it says it is
+        source = Source.open(name, dtype="float32", like=model)  # in whatever dtype it says it is
     except UserError as error:
         return None, f"its source, {name}, is gone or can't be read ({error})"
     if source.fingerprint != origin["source"]["fingerprint"]:

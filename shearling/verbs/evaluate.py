@@ -32,10 +32,14 @@ def evaluate(
     windows: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    arch: str | None = None,
 ) -> Evaluated:
-    """The losses of `model`, computed in `dtype` (float32), on at most `windows` held-out windows a domain, or all."""
+    """The losses of `model`, computed in `dtype` (float32), on at most `windows` held-out windows a domain, or all.
+
+    `arch` is the file of its family, where that has no table.
+    """
     device = choose_device(device)
-    source = Source.open(model, dtype=dtype)
+    source = Source.open(model, dtype=dtype, arch=arch)
     store = Store.open(data)
     source.check_store(store)
     seq_len = seq_len or source.seq_len()

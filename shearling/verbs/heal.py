@@ -57,14 +57,14 @@ class PhasePlan:
     same_mixture: bool
 
 
-def heal(model: str, *, data: str, out: str, asked: Heal, watch: Watch = unwatched) -> Healed:
-    """Trains `model` on `data` and leaves the result as a model folder at `out`."""
-    source = Source.open(model, dtype=asked.dtype)
+def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = None, watch: Watch = unwatched) -> Healed:
+    """Trains `model` on `data` and leaves the result as a model folder at `out`; `arch` is its family's file."""
+    source = Source.open(model, dtype=asked.dtype, arch=arch)
     phases = [_plan(phase, source, own or data, same) for phase, own, same in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]
     own, why = source_of(source) if asked.teacher.wanted else (None, "")
     teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why)
-    identity = {"verb": "heal", "model": source.fingerprint, "references": references, **asked.identity()}
+    identity = {"verb": "heal", **source.identity(), "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
     stage = Stage(Path(out), {**identity, **(teaching.identity() if teaching else {})})
     if stage.done:

@@ -5,6 +5,7 @@ from typing import Any
 
 from shearling.arch import family_of
 from shearling.arch.config import max_positions
+from shearling.arch.file import given
 from shearling.axes.axis import AXES
 from shearling.axes.cost import memory_bytes
 from shearling.axes.count import cache_bytes_per_token, flops_per_token, parameters, parameters_by_group
@@ -13,10 +14,11 @@ from shearling.axes.target import uncut
 from shearling.weights.config import read_config
 
 
-def inspect(model: str) -> dict[str, Any]:
+def inspect(model: str, *, arch: str | None = None) -> dict[str, Any]:
     """Family, shape, axes, parameters per group and memory of a model folder, a config file or a Hub id.
 
-    `cut_along` are the axes that it can be cut along, `left_whole` the others, each with the reason.
+    `cut_along` are the axes that it can be cut along, `left_whole` the others, each with the reason. `arch` is the file
+    of its family, where that has no table.
     """
     path = Path(model).expanduser()
     if not path.exists() or path.suffix == ".gguf":
@@ -24,7 +26,7 @@ def inspect(model: str) -> dict[str, Any]:
 
         path = resolve(model)
     config = read_config(path)
-    family = family_of(config)
+    family = family_of(config, given(path, arch))
     shape = shape_of(family, config)
     context = max_positions(config)
     axes = {axis: size for axis, size in shape.axes.items() if axis in AXES}

@@ -56,9 +56,14 @@ class Pruned:
     done_before: bool = False
 
 
-def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwatched) -> Pruned:
-    """Cuts `model` to exactly `asked.to` and leaves the result as a model folder at `out`."""
-    source, target, notes = open_target(model, asked)
+def prune(
+    model: str, *, data: str, out: str, asked: Prune, arch: str | None = None, watch: Watch = unwatched
+) -> Pruned:
+    """Cuts `model` to exactly `asked.to` and leaves the result as a model folder at `out`.
+
+    `arch` is the file of its family, where that has no table; the result's folder holds a copy.
+    """
+    source, target, notes = open_target(model, asked, arch=arch)
     store = Store.open(data)
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
     session = Session.plan(
@@ -69,7 +74,7 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
     teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="")
-    identity = {"verb": "prune", "model": source.fingerprint, "data": store.digest, "references": references}
+    identity = {"verb": "prune", **source.identity(), "data": store.digest, "references": references}
     stage = Stage(Path(out), {**identity, **asked.identity(), **(teaching.identity() if teaching else {})})
     if stage.done:
         return _read_back(stage.out)
@@ -81,9 +86,9 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
         return Pruning(source, target, session, asked, teaching, notes, folder, stage.out).run(watch)
 
 
-def open_target(model: str, asked: Prune) -> tuple[Source, Shape, tuple[str, ...]]:
+def open_target(model: str, asked: Prune, *, arch: str | None = None) -> tuple[Source, Shape, tuple[str, ...]]:
     """The source, the whole target and what was filled in; raises UserError for all that can be told without data."""
-    source = Source.open(model, dtype=asked.dtype)
+    source = Source.open(model, dtype=asked.dtype, arch=arch)
     target, notes = resolve_target(source.family, source.shape, asked.to, source.config)
     return source, target, tuple(notes)
 

@@ -18,7 +18,8 @@ from shearling.mixture.reference import (
     parse_given,
     parse_reference,
 )
-from shearling.recipe import Eval, Heal, parse_tokens, read_mapping, validated
+from shearling.recipe import Eval, Heal, parse_tokens, validated
+from shearling.strict_yaml import read_mapping
 
 if TYPE_CHECKING:
     from shearling.data.store import Store

@@ -11,6 +11,7 @@ import torch
 
 from shearling.arch import family_of
 from shearling.arch.config import config_at, max_positions
+from shearling.arch.file import FILE, digest, dump, given
 from shearling.axes.count import parameters
 from shearling.axes.disk import pieces
 from shearling.axes.shape import Shape, shape_of
@@ -39,19 +40,27 @@ class Source:
     family: Family
     shape: Shape
     checkpoint: Checkpoint
+    own_family: bool = False  # whether the family comes from a file and not from a table of this package
 
     @classmethod
-    def open(cls, model: str, *, dtype: str | None = None) -> "Source":
-        """Reads config and headers. Raises UserError for all that can be told from them; `dtype` settles a quarrel."""
+    def open(
+        cls, model: str, *, dtype: str | None = None, arch: str | None = None, like: "Source | None" = None
+    ) -> "Source":
+        """Reads config and headers. Raises UserError for all that can be told from them; `dtype` settles a quarrel.
+
+        The family is the one in the file `arch`, else the one in the folder, else that of `like`, a model sheared from
+        this one, where it has one of its own, else the table's.
+        """
         folder = resolve(model)
         checkpoint = Checkpoint.open(folder)
-        family = family_of(checkpoint.config)
+        own = _own_family(folder, checkpoint.config, arch, like)
+        family = family_of(checkpoint.config, own)
         shape = shape_of(family, checkpoint.config)
         family.kinds(checkpoint.config)  # says what is wrong with a list of layers
         check_table(checkpoint, family, shape)
         if dtype is None:
             check_dtype(checkpoint.config, checkpoint)
-        return cls(model, folder, checkpoint.config, family, shape, checkpoint)
+        return cls(model, folder, checkpoint.config, family, shape, checkpoint, own_family=own is not None)
 
     @property
     def tied(self) -> bool:
@@ -91,6 +100,11 @@ class Source:
         """Of config and weights. Reads every byte, once."""
         return fingerprint(self.folder)
 
+    def identity(self) -> dict[str, Any]:
+        """What a stage that works on this model has of it in its identity."""
+        own = {"family": digest(self.family)} if self.own_family else {}
+        return {"model": self.fingerprint, **own}
+
     def seq_len(self) -> int:
         """The window to read text in where nobody asks for another."""
         return min(2048, max_positions(self.config))
@@ -113,6 +127,8 @@ class Source:
         config = config_at(self.family, self.config, shape, layers=layers, dtype=name)
         save_model(folder, family=self.family, config=config, shape=shape, dtype=chosen, tensor=tensor)
         carry(self.folder, folder)
+        if self.own_family:
+            (folder / FILE).write_text(dump(self.family), encoding="utf-8")
         return config
 
     def check_store(self, store: Store) -> None:
@@ -127,6 +143,14 @@ class Source:
                 change="take the tokenizer that belongs to the model, or resize the model's embeddings first",
             )
         store.check_tokenizer(tokenizer_fingerprint(tokenizer), self.name)
+
+
+def _own_family(folder: Path, config: Mapping[str, Any], arch: str | None, like: Source | None) -> Family | None:
+    """The family that comes with a model, if one does, and isn't looked up."""
+    found = given(folder, arch)
+    if found is None and like is not None and like.own_family and config.get("model_type") in like.family.model_types:
+        return like.family
+    return found
 
 
 def write_origin(folder: Path, origin: Mapping[str, Any]) -> None:

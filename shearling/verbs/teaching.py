@@ -52,7 +52,7 @@ class Teaching:
         """The teaching that was asked for, if any, by `own` where no model is named. Raises UserError: see `plan`."""
         if not options.wanted:
             return None
-        teacher = own if options.model is None else Source.open(options.model)
+        teacher = own if options.model is None else Source.open(options.model, like=student)
         if teacher is None:
             change = "name one: --teacher MODEL"
             raise UserError("teacher", found=why, expected="the model that this one was cut from", change=change)
