@@ -36,7 +36,7 @@ class Vector:
 
 
 class Attached:
-    """A model under masks. `set` gives them their values; `push` carries their gradients back to what they came from.
+    """A model under `masks`. `set` gives them their values; `push` carries their gradients back to what they came from.
 
     The modules see leaves, one vector for each masked dim of a layer, and any number of backward passes may add to
     their gradients; the graph from the gates to them is walked once, by `push`.
@@ -48,6 +48,7 @@ class Attached:
         self.device = next(model.parameters()).device
         self._vectors: dict[object, Vector] = {}
         self._computed: list[Tensor] = []
+        self.masks: Masks = {}
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._norms: list[MaskedNorm] = []
         self._scale = torch.ones((), device=self.device)
@@ -104,7 +105,7 @@ class Attached:
 
         `alive` is how many hidden channels the norms count; left out, those that aren't exactly 0.
         """
-        self._computed = []
+        self.masks, self._computed = masks, []
         for vector in self._vectors.values():
             value = vector.compute(masks)
             self._computed.append(value)
@@ -138,4 +139,4 @@ class Attached:
             setattr(norm.plain[0], norm.eps_attribute, norm.source_eps)
         for parent, name, plain in self._undo:
             setattr(parent, name, plain)
-        self._undo, self._norms, self._computed = [], [], []
+        self._undo, self._norms, self._computed, self.masks = [], [], [], {}

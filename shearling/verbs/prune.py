@@ -76,6 +76,8 @@ def prune(model: str, *, data: str, out: str, asked: Prune, watch: Watch = unwat
         log.info(note)
     source.check_finite()
     check_sums([store])
+    if teaching:
+        teaching.check(session)
     with stage as folder:
         return Pruning(source, target, session, asked, teaching, notes, folder, stage.out).run(watch)
 
@@ -171,7 +173,7 @@ class Pruning:
         ).to(session.device)
         attached = Attached(model, source.family, sizes=source.shape.axes, axes=gates.axes, tied=source.tied)
         term = LearnedMasks(attached, gates)
-        distilled = self.teaching.objective(session) if self.teaching else None
+        distilled = self.teaching.objective(session, under=attached) if self.teaching else None
         session.prepare(model, self.asked)
 
         def held_out() -> dict[str, float]:
@@ -184,7 +186,7 @@ class Pruning:
                 model,
                 settings=session.settings,
                 state=session.state(),
-                draw=reading.draw,
+                draw=session.telling(reading.draw, session.state(), record.write),
                 objective=distilled or session.objective(),
                 optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
                 terms=[*([distilled] if distilled else []), term],
