@@ -75,8 +75,9 @@ class Comparison:
         return 1 + forward[0] / (3 * forward[1])
 
     def run(self, arm: str, *, rate: float, seed: int) -> dict[str, Any]:
-        plain = self.healing.model_dump(mode="json")
-        asked = validated(Heal, {**plain, "lr": rate, "seed": seed, **self.settings(arm)})
+        plain, own = self.healing.model_dump(mode="json"), self.settings(arm)
+        mixture = {**plain["mixture"], **own.pop("mixture")}
+        asked = validated(Heal, {**plain, "lr": rate, "seed": seed, "mixture": mixture, **own})
         healed = heal(str(self.cut.out), data=self.store, out=str(self.work / f"{arm}-{rate:g}-{seed}"), asked=asked)
         gaps = {d: loss - self.cut.source_losses[d] for d, loss in healed.losses.items()}
         found = {"arm": arm, "rate": rate, "seed": seed, "losses": dict(healed.losses), "gaps": gaps}

@@ -183,10 +183,21 @@ class Heal(Training):
         return found
 
 
-class Data(Section):
-    """Documents to tokenise: files, folders, folders of folders."""
+class Input(Section):
+    """One of the inputs, where it is read in another way than the others: what is left out is as in the section."""
 
-    inputs: list[str]
+    path: str
+    text_column: str | None = None
+    messages_column: str | None = None
+    assistant_loss_only: bool | None = None
+    tokens_dtype: str | None = None
+    skip_broken: bool | None = None
+
+
+class Data(Section):
+    """Documents to tokenise: files, folders, folders of folders. An input may be a path or a section of its own."""
+
+    inputs: list[str | Input]
     held_out: float = Field(default=0.01, gt=0, lt=1)
     seed: int = 0
     processes: int | None = Field(default=None, gt=0)  # left out: the cores, where the documents are worth it
@@ -271,10 +282,10 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     return validated(Recipe, values)
 
 
-def write_recipe(recipe: Recipe, out: Path) -> None:
-    """Makes the run's folder, with its resolved recipe. Raises UserError where something else is in the way."""
+def write_recipe(values: Mapping[str, Any], out: Path) -> None:
+    """Makes the run's folder, with its resolved recipe's values. Raises UserError where something else is there."""
     path, change = out / RECIPE_FILE, "choose another out, or move what is there away"
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(dict(values), sort_keys=False)
     if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out {out}", found="something that isn't a run", expected="nothing, or a run", change=change)
     try:

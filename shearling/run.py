@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shearling.data.files import masked
 from shearling.recipe import Data, Recipe, write_recipe
 from shearling.record import Record, versions
 from shearling.report.run_page import write_run_page
@@ -33,9 +34,10 @@ def run(
     """data, prune, heal, model, report."""
     open_target(recipe.model, recipe.prune, arch=recipe.arch)  # a mistake there shows before hours of data
     out = Path(recipe.out).expanduser()
-    write_recipe(recipe, out)
+    said = masked(recipe.model_dump(mode="json"))  # a recipe may hold URLs with passwords
+    write_recipe(said, out)
     record = Record(out / "record.jsonl")
-    record.write("run", recipe=recipe.model_dump(mode="json"), versions=versions())
+    record.write("run", recipe=said, versions=versions())
 
     store = str(out / "data") if isinstance(recipe.data, Data) else recipe.data
     if isinstance(recipe.data, Data):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from shearling.axes.axis import is_per_layer
+from shearling.axes.axis import MASKABLE, is_per_layer, mask_shape
 from shearling.axes.factors import Factor, factors
 from shearling.axes.index import positions
 from shearling.axes.table import Tensor as Row
@@ -35,8 +35,19 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
-def reference_logits(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], alive: float, inputs: Tensor) -> Tensor:
-    """The masked model written out, all in float64: logits [B, T, V] of inputs [B, T]."""
+def reference_logits(
+    made: Small,
+    w: dict[str, Tensor],
+    z: dict[str, Tensor],
+    alive: float,
+    inputs: Tensor,
+    *,
+    streams: list[Tensor] | None = None,
+) -> Tensor:
+    """The masked model written out, all in float64: logits [B, T, V] of inputs [B, T].
+
+    `streams` is given the residual stream [B, T, D] after each layer.
+    """
     axes, eps = made.shape.axes, made.config["rms_norm_eps"]
     kv_heads, group, d = axes["kv_head"], axes["group"], axes["head_dim"]
     batch, length = inputs.shape
@@ -67,9 +78,19 @@ def reference_logits(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], al
         h = rms_norm(x, w[f"{p}.post_attention_layernorm.weight"], alive, eps)
         h = functional.silu(linear(h, f"{p}.mlp.gate_proj")) * linear(h, f"{p}.mlp.up_proj") * z["intermediate"][i]
         x = x + z["layer"][i] * z["hidden"] * linear(h, f"{p}.mlp.down_proj")
+        if streams is not None:
+            streams.append(x)
     x = rms_norm(x, w["model.norm.weight"], alive, eps)
     head = w["model.embed_tokens.weight" if made.tied else "lm_head.weight"]
     return x @ head.T
+
+
+def reference_streams(made: Small, inputs: Tensor) -> list[Tensor]:
+    """The residual streams of the same model with no masks."""
+    z = {axis: torch.ones(mask_shape(axis, made.shape.axes), dtype=torch.float64) for axis in MASKABLE}
+    streams: list[Tensor] = []
+    reference_logits(made, copied(made.model.named_parameters()), z, made.shape.axes["hidden"], inputs, streams=streams)
+    return streams
 
 
 def reference_loss(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], alive: float, ids: Tensor) -> Tensor:

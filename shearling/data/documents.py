@@ -10,11 +10,11 @@ from typing import Protocol
 
 from shearling.data import hub, jsonl, mds, megatron, parquet, plain
 from shearling.data.document import Document, Reading
-from shearling.data.domains import Domain, find_domains
+from shearling.data.domains import Domain, Input, find_domains
 from shearling.data.files import place, suffix
 from shearling.errors import UserError
 
-__all__ = ["Document", "Domain", "Part", "Reading", "find_domains", "parts", "read"]
+__all__ = ["Document", "Domain", "Input", "Part", "Reading", "find_domains", "parts", "read"]
 
 Broken = Callable[[UserError], None]
 

@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shearling.data import hub, mds
-from shearling.data.document import some
+from shearling.data.document import Reading, some
 from shearling.data.files import Kind, children, is_remote, join, look, name, place, shown, stem, suffix
 from shearling.data.store import name_error
 from shearling.errors import UserError, raise_all
@@ -18,16 +18,28 @@ SPLIT_NAME = re.compile(r"(train|eval)([-_.0-9].*)?")
 
 
 @dataclass(frozen=True)
+class Input:
+    """A file, folder or dataset whose documents are to be read in a way of their own."""
+
+    path: str
+    reading: Reading
+
+
+@dataclass(frozen=True)
 class Domain:
-    """A domain's sources by split, as paths, URLs or names; an empty `eval` means that some of `train` is held out."""
+    """A domain's sources by split, as paths, URLs or names; an empty `eval` means that some of `train` is held out.
+
+    `reading` is its own way of being read, if its input has one.
+    """
 
     name: str
     path: str
     train: tuple[str, ...]
     eval: tuple[str, ...] = ()
+    reading: Reading | None = None
 
 
-def find_domains(inputs: Sequence[str | Path]) -> tuple[Domain, ...]:
+def find_domains(inputs: Sequence[str | Path | Input]) -> tuple[Domain, ...]:
     """The domains of files, folders and datasets, in the order given, a folder's in alphabetical order.
 
     A file is a domain named after its stem. A folder is one domain, or one for each of its folders when it has some.
@@ -42,8 +54,9 @@ def find_domains(inputs: Sequence[str | Path]) -> tuple[Domain, ...]:
         raise UserError("inputs", found="none", expected="files or folders of documents", change="name at least one")
     found, errors = [], []
     for given in inputs:
+        path, reading = (given.path, given.reading) if isinstance(given, Input) else (given, None)
         try:
-            found += _domains_of(place(given))
+            found += [replace(domain, reading=reading) for domain in _domains_of(place(path))]
         except UserError as error:
             errors.append(error)
     seen: dict[str, str] = {}

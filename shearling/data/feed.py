@@ -72,6 +72,23 @@ class Feed:
         drawn = dict(zip(after.domains, after.drawn, strict=True))
         return [domain for domain, most in self.limits().items() if drawn[domain] >= most]
 
+    def used_up_between(self, before: SamplerState, after: SamplerState) -> list[str]:
+        """The limited domains whose last window was drawn on the way from one state to the other."""
+        limits, drawn = self.limits(), zip(before.domains, before.drawn, after.drawn, strict=True)
+        return [domain for domain, old, new in drawn if old < limits.get(domain, 0) <= new]
+
+    def shares_left(self, state: SamplerState, weights: Mapping[str, float]) -> dict[str, float]:
+        """The shares at which windows are drawn from here: used-up domains have none if theirs go to the others."""
+        limits = self.limits() if self.at_end == "redistribute" else {}
+        drawn = dict(zip(state.domains, state.drawn, strict=True))
+        left = {d: 0.0 if d in limits and drawn[d] >= limits[d] else weight for d, weight in weights.items()}
+        total = sum(left.values())
+        return {domain: weight / total if total else 0.0 for domain, weight in left.items()}
+
+    def longest_share(self, domain: str, steps: int) -> float:
+        """The share of the data up to which a limited domain lasts for so many steps."""
+        return self.limits()[domain] / (steps * self.sequences)
+
     def windows(self, domain: str) -> int:
         """Windows in one reading of a domain."""
         return self.store.window_count(domain, "train", self.seq_len)
@@ -86,12 +103,15 @@ class Feed:
         total = sum(weights.values())
         return {d: steps * self.sequences * w / total / self.windows(d) for d, w in weights.items()}
 
-    def held_out(self, *, limit: int | None, sequences: int) -> dict[str, Iterator[HeldOut]]:
-        """The same held-out windows each time, at most `limit` a domain, so many sequences at once."""
-        return {
-            domain: held_out(self.store, domain, seq_len=self.seq_len, limit=limit, sequences=sequences)
-            for domain in self.store.domains
-        }
+    def held_out(
+        self, *, limit: int | None, sequences: int, rank: int = 0, ranks: int = 1
+    ) -> dict[str, Iterator[HeldOut]]:
+        """The same held-out windows each time, at most `limit` a domain, so many sequences at once.
+
+        `rank` of `ranks` has its share of them, for a `measure` that adds the shares up.
+        """
+        shared = {"seq_len": self.seq_len, "limit": limit, "sequences": sequences, "rank": rank, "ranks": ranks}
+        return {domain: held_out(self.store, domain, **shared) for domain in self.store.domains}
 
     def calibration(self, windows: int, weights: Mapping[str, float]) -> Iterator[Tensor]:
         """Ids [1, T] of the first windows of the train split that this seed gives."""

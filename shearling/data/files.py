@@ -188,6 +188,15 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def masked(value: Any) -> Any:
+    """Plain values, as JSON has them, with all texts as `without_secrets` leaves them."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {masked(key): masked(inner) for key, inner in value.items()}
+    return [masked(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _secrets() -> set[str]:
     found = {value for key, value in os.environ.items() if SECRET_NAMES.search(key)}
     for settings in fsspec.config.conf.values():

@@ -110,7 +110,8 @@ def do(job: Job, encoder: Encoder, out: Path) -> Finished:
     ):
         parts = (read(source.part, reading=job.reading, broken=broken.append) for source in job.sources)
         documents = (document for part in parts for document in part)
-        for number, piece in enumerate(encoder.pieces(documents)):
+        passed_over = broken.append if job.reading.skip_broken else None
+        for number, piece in enumerate(encoder.pieces(documents, broken=passed_over)):
             if not len(piece.ids):
                 skipped += 1
                 continue

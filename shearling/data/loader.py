@@ -85,23 +85,33 @@ def _starts(store: Store, domain: str, index: int, seq_len: int) -> np.ndarray:
 
 
 def held_out(
-    store: Store, domain: str, *, seq_len: int, limit: int | None = None, sequences: int = HELD_OUT_SEQUENCES
+    store: Store,
+    domain: str,
+    *,
+    seq_len: int,
+    limit: int | None = None,
+    sequences: int = HELD_OUT_SEQUENCES,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[HeldOut]:
     """The held-out windows of a domain in batches, [B, T + 1] with B <= sequences; always the same ones.
 
     At most `limit` windows, spread evenly over the split. A split shorter than one window gives one of all there is,
-    [1, tokens].
+    [1, tokens]. `rank` of `ranks` has its share, which may be nothing: all shares together are all the windows.
     """
     assert sequences >= 1
+    assert 0 <= rank < ranks
     assert limit is None or limit >= 1
     available = store.window_count(domain, "eval", seq_len)
     if available == 0:
+        if rank > 0:
+            return
         whole = slice(0, store.num_tokens(domain, "eval"))
         yield _held_out(store, domain, store.slice(domain, "eval").astype(np.int64)[None], [whole])
         return
     count = available if limit is None else min(limit, available)
-    chosen = [number * available // count for number in range(count)]
-    for start in range(0, count, sequences):
+    chosen = [number * available // count for number in range(rank, count, ranks)]
+    for start in range(0, len(chosen), sequences):
         indices = chosen[start : start + sequences]
         windows = np.stack([store.window(domain, "eval", index, seq_len) for index in indices])
         yield _held_out(store, domain, windows, [span(index, seq_len) for index in indices])

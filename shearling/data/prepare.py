@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shearling.data.document import Reading, some
-from shearling.data.documents import Domain, find_domains
+from shearling.data.documents import Domain, Input, find_domains
 from shearling.data.files import shown
 from shearling.data.jobs import TICKETS, Finished, Job, do, done_before, files_of, plan
 from shearling.data.manifest import SPLITS, DomainEntry, Manifest, SplitEntry, TokenizerEntry, dtype_for
 from shearling.data.pool import default_processes, do_all
 from shearling.data.sources import fingerprint as file_print
+from shearling.data.sources import holds_bytes, is_local
 from shearling.data.store import Store
 from shearling.data.tokenise import Encoder, Pipeline, fingerprint, load_tokenizer
 from shearling.errors import UserError, raise_all
@@ -21,7 +22,7 @@ DEFAULT = Reading()
 
 
 def prepare(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path | Input],
     *,
     tokenizer: Path,
     out: Path,
@@ -64,7 +65,7 @@ def prepare(
 
 def prepare_more(
     onto: Store,
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path | Input],
     *,
     tokenizer: Path,
     out: Path,
@@ -88,6 +89,28 @@ def prepare_more(
     return manifest
 
 
+def check_same_inputs(inputs: Sequence[str | Path | Input], store: Store) -> None:
+    """Raises UserError naming local files that a finished store wasn't made from: new ones, or changed since.
+
+    Inputs that are gone are none of its business: the store has all of them. Those at addresses aren't looked at.
+    """
+    try:
+        domains = find_domains(inputs)
+    except UserError:
+        return
+    known = {source for entry in store.manifest.domains.values() for source in entry.sources}
+    files = [path for domain in domains for path in (*domain.train, *domain.eval)]
+    others = [path for path in files if is_local(path) and holds_bytes(path) and file_print(path) not in known]
+    if others:
+        raise UserError(
+            f"store {store.folder}",
+            found=f"it was made before these files were as they are now: {some(others)}",
+            expected="the inputs that it was made from",
+            change="choose another --out to make a store of them, or put the files back; "
+            "documents that are only more go into it with --add",
+        )
+
+
 @dataclass(frozen=True)
 class _Work:
     """With what, where to and how jobs are done."""
@@ -108,7 +131,11 @@ def _tokenised(
         job
         for domain in domains
         for job in plan(
-            domain, first=_next_number(before.get(domain.name)), key=str(seed), below=below, reading=work.reading
+            domain,
+            first=_next_number(before.get(domain.name)),
+            key=str(seed),
+            below=below,
+            reading=domain.reading or work.reading,
         )
     ]
     done = _do_or_find(jobs, work)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shearling.data import hub, megatron
 from shearling.data.document import Reading
 from shearling.data.documents import Part, parts
-from shearling.data.files import children, look, opened, place, shown, size_bytes, version
+from shearling.data.files import children, is_remote, look, opened, place, shown, size_bytes, version
 from shearling.errors import UserError
 
 SAMPLES, SAMPLE_BYTES = 4, 1 << 16  # from afar each sample is a block of some megabytes
@@ -60,6 +60,16 @@ def fingerprint(path: str) -> str:
                 file.seek(start)
                 hashed.update(file.read(SAMPLE_BYTES))
     return hashed.hexdigest()
+
+
+def is_local(path: str) -> bool:
+    """Whether it lies on this machine, whatever it is."""
+    return not is_remote(place(path)) and not (hub.is_dataset(path) and hub.folder_of(path) is None)
+
+
+def holds_bytes(path: str) -> bool:
+    """Whether any of its files does; an empty one is no source of anything."""
+    return any(size_bytes(file) for file in _files(path))
 
 
 def _version(path: str) -> str:

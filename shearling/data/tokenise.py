@@ -3,11 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.jso
 BATCH_DOCUMENTS, BATCH_BYTES = 512, 1 << 20
 LONG_BYTES = 1 << 22  # a text from here on is encoded piece by piece: at once it takes some 100 bytes a token
 MIN_EVAL_TOKENS = 2  # one prediction
+Encoded = tuple[Any, ...]  # ids; perhaps which tokens' loss counts, and the bytes of text
 
 
 @dataclass(frozen=True)
@@ -130,27 +131,42 @@ class Encoder:
         """What renders conversations and decodes, loaded when the first of them comes."""
         return load_tokenizer(self.pipeline.folder)
 
-    def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
-        """Each document's ids with EOS, none of them for one without text. Raises UserError, naming the document."""
+    def pieces(
+        self, documents: Iterable[Document], *, broken: Callable[[UserError], None] | None = None
+    ) -> Iterator[Piece]:
+        """Each document's ids with EOS, none of them for one without text. Raises UserError, naming the document.
+
+        One that the tokenizer or its chat template fails on goes to `broken` instead, where it is given; ids that the
+        vocabulary doesn't have never do, as that is a fault of all.
+        """
         for group in _batches(documents):
             plain = [document for document in group if document.is_text]
             texts = iter(self._ids(plain) if plain else ())
             for document in group:
-                yield self._ended(document, next(texts)) if document.is_text else self._made(document)
+                found = next(texts) if document.is_text else self._made(document)
+                if not isinstance(found, UserError):
+                    yield self._ended(document, *found)
+                elif broken is None:
+                    raise found
+                else:
+                    broken(found)
 
-    def _made(self, document: Document) -> Piece:
-        """The piece of a conversation, or of ids that were there already."""
+    def _made(self, document: Document) -> Encoded | UserError:
+        """Of a conversation, or of ids that were there already."""
         if document.messages is None:
-            return self._ended(document, document.ids)
-        rendered = conversation.render(
-            self.tokenizer, document.messages, where=document.where, assistant_only=document.assistant_only
-        )
-        ids, loss = conversation.encode(self.tokenizer, rendered, where=document.where)
-        return self._ended(document, ids, loss=loss, text_bytes=len(rendered.text.encode()))
+            return (document.ids,)
+        try:
+            rendered = conversation.render(
+                self.tokenizer, document.messages, where=document.where, assistant_only=document.assistant_only
+            )
+            ids, loss = conversation.encode(self.tokenizer, rendered, where=document.where)
+        except UserError as error:
+            if error.what != document.where:  # no template at all, say
+                raise
+            return error
+        return ids, loss, len(rendered.text.encode())
 
-    def _ended(
-        self, document: Document, ids, *, loss: np.ndarray | None = None, text_bytes: int | None = None
-    ) -> Piece:
+    def _ended(self, document: Document, ids, loss: np.ndarray | None = None, text_bytes: int | None = None) -> Piece:
         """A document's ids, checked, with EOS unless they end with it or are none; EOS counts if what it ends does."""
         ids, limit = np.asarray(ids), self.pipeline.vocab_size
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
@@ -194,11 +210,11 @@ class Encoder:
             return self._text_bytes(piece.ids[kept:])
         return len(text[starts[kept] :].encode())
 
-    def _ids(self, documents: list[Document]) -> list[np.ndarray]:
+    def _ids(self, documents: list[Document]) -> list[Encoded | UserError]:
         try:
             encoded = self._encoded(documents)
             return [
-                np.array(encode_around(self.tokenizer, document.text), np.int64) if self._is_forged(ids) else ids
+                (np.array(encode_around(self.tokenizer, document.text), np.int64) if self._is_forged(ids) else ids,)
                 for document, ids in zip(documents, encoded, strict=True)
             ]
         except BaseException as error:
@@ -208,7 +224,9 @@ class Encoder:
                 return [ids for document in documents for ids in self._ids([document])]
             found = f"text that the tokenizer fails on ({type(error).__name__}: {error})"
             change = "remove the document or mend the tokenizer"
-            raise UserError(documents[0].where, found=found, expected="token ids", change=change) from error
+            failed = UserError(documents[0].where, found=found, expected="token ids", change=change)
+            failed.__cause__ = error
+            return [failed]
 
     def _encoded(self, documents: list[Document]) -> list[np.ndarray]:
         if len(documents) == 1 and documents[0].num_bytes >= LONG_BYTES:

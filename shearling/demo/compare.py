@@ -82,7 +82,8 @@ class Comparison:
 def train_source(work: Path, *, seed: int, lr: float = RATES["source"], watch: Watch = unwatched) -> Healed:
     """Corpus, tokenizer, token store and the model to be sheared, in `work`."""
     untrained = _prepare(work, seed)
-    return _train(work, untrained, work / "source", steps=SOURCE_STEPS, lr=lr, warmup=0.05, seed=seed, watch=watch)
+    options = {"lr": lr, "warmup": 0.05, "mixture": {"schedule": "proportional"}}  # no source to follow
+    return _train(work, untrained, work / "source", steps=SOURCE_STEPS, seed=seed, watch=watch, **options)
 
 
 def compare(

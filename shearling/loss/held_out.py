@@ -3,7 +3,7 @@
 B sequences, T tokens, M documents of a split.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import exp, sqrt
 from typing import Any, Protocol
@@ -77,13 +77,26 @@ def held_out_losses(model: Any, batches: Mapping[str, Iterable[Windows]]) -> dic
     return {domain: figures.nats_per_token for domain, figures in measure(model, batches).items()}
 
 
+def alone(sums: Sums) -> Sums:
+    """What one process has measured is all there is."""
+    return sums
+
+
 def measure(
-    model: Any, batches: Mapping[str, Iterable[Windows]], *, bytes_per_token: Mapping[str, float] | None = None
+    model: Any,
+    batches: Mapping[str, Iterable[Windows]],
+    *,
+    bytes_per_token: Mapping[str, float] | None = None,
+    together: Callable[[Sums], Sums] = alone,
 ) -> dict[str, Measured]:
-    """Held-out figures by domain. Raises UserError for a domain without a token that counts."""
+    """Held-out figures by domain. Raises UserError for a domain without a token that counts.
+
+    Where `batches` are one rank's share, `together` gives the sum of all ranks' sums; each rank calls it once a domain,
+    in the same order.
+    """
     ratios = bytes_per_token or {}
     return {
-        domain: measured(held_out_sums(model, windows), domain=domain, bytes_per_token=ratios.get(domain))
+        domain: measured(together(held_out_sums(model, windows)), domain=domain, bytes_per_token=ratios.get(domain))
         for domain, windows in batches.items()
     }
 

@@ -30,6 +30,12 @@ class Alignment:
     channels: tuple[int, ...] | None
 
     @classmethod
+    def whole(cls, family: Family, *, layers: int) -> "Alignment":
+        """Of a model with itself, as it is under masks: what they keep is in the weights of `stream_loss`."""
+        blocks = tuple(family.block(layer) for layer in range(layers))
+        return cls(blocks, blocks, None)
+
+    @classmethod
     def of(cls, kept: Mapping[str, Sequence[Mapping[str, Any]]], family: Family, *, layers: int) -> "Alignment":
         """From `kept` as shearling.json has it, for a student of so many layers."""
         of_source = kept["layer"][0]["kept"] if "layer" in kept else range(layers)
@@ -75,13 +81,39 @@ def in_order(seen: Mapping[str, Tensor], paths: Sequence[str]) -> tuple[Tensor, 
     return tuple(seen[path] for path in paths)
 
 
-def stream_loss(student: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class Weights:
+    """What counts how much where streams are compared: channels [C] and layers [P], None: all alike.
+
+    Under masks they are those of the axes `hidden` and `layer`: with masks of 0 and 1 the figure is the cut's own. They
+    take no gradient, or masks would close where the student is far off instead of bringing it nearer.
+    """
+
+    channels: Tensor | None = None
+    layers: Tensor | None = None
+
+    @classmethod
+    def of_masks(cls, masks: Mapping[str, Tensor]) -> "Weights":
+        """From the masks of a model, by axis; an axis that isn't cut has none."""
+        found = {axis: masks[axis].detach() for axis in ("hidden", "layer") if axis in masks}
+        return cls(found.get("hidden"), found.get("layer"))
+
+
+def stream_loss(student: Sequence[Tensor], source: Sequence[Tensor], weights: Weights | None = None) -> Tensor:
     """Mean square of the difference by the source's mean square, at each token, mean over layers: fp32 [B, T].
 
-    Both are P tensors [B, T, C]. For each layer one [B, T, C] in fp32 is kept for backward.
+    Both are P tensors [B, T, C]; the means are weighted. For each layer one [B, T, C] in fp32 is kept for backward.
     """
+    channels, layers = (weights.channels, weights.layers) if weights else (None, None)
+    shares = [1 / len(student)] * len(student) if layers is None else layers / (layers.sum() + TINY)
     total = torch.zeros((), device=student[0].device)
-    for mine, theirs in zip(student, source, strict=True):
+    for share, mine, theirs in zip(shares, student, source, strict=True):
         aim = theirs.to(mine.device, torch.promote_types(mine.dtype, torch.float32))
-        total = total + (mine - aim).square().mean(-1) / (aim.square().mean(-1) + TINY)
-    return total / len(student)
+        apart = _mean((mine - aim).square(), channels) / (_mean(aim.square(), channels) + TINY)
+        total = total + share * apart
+    return total
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Over the last dim. Not by a matrix product, which autocast would take in bf16."""
+    return values.mean(-1) if weights is None else (values * weights).sum(-1) / (weights.sum() + TINY)

@@ -66,7 +66,7 @@ class Count:
 
 
 class Attached:
-    """A model under masks. `set` gives them their values; `push` carries their gradients back to what they came from.
+    """A model under `masks`. `set` gives them their values; `push` carries their gradients back to what they came from.
 
     The modules see leaves, one vector for each masked dim of a layer, and any number of backward passes may add to
     their gradients; the graph from the gates to them is walked once, by `push`.
@@ -89,6 +89,7 @@ class Attached:
         for row, layer in family.named(config):
             if found.get(row) and not row.is_bias:
                 self._attach(row, found[row], biases.get(row.name.removesuffix("weight") + "bias", []), layer)
+        self.masks: Masks = {}
 
     def _attach(self, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None) -> None:
         path = self._module(row).replace("*", str(layer))
@@ -211,7 +212,7 @@ class Attached:
         """
         if support is None:
             support = {axis: (mask.detach() != 0).to(mask.dtype) for axis, mask in masks.items()}
-        self._computed = []
+        self.masks, self._computed = masks, []
         for vector in self._vectors.values():
             value = vector.masks.of(support if vector.support else masks)
             self._computed.append(value)
@@ -237,4 +238,4 @@ class Attached:
         """Gives the model its own modules back, weights as they are by now."""
         for parent, name, restore in self._undo:
             setattr(parent, name, restore())
-        self._undo, self._computed = [], []
+        self._undo, self._computed, self.masks = [], [], {}

@@ -69,6 +69,12 @@ class Cache:
         cache._make_room()
         return cache
 
+    @staticmethod
+    def check(folder: Path, manifest: Manifest) -> None:
+        """Raises UserError for a cache in `folder` that `open` would refuse for its manifest; makes nothing."""
+        if (folder / MANIFEST).is_file():
+            _check(folder / MANIFEST, manifest)
+
     def read(self, domain: str, window: int) -> np.ndarray | None:
         """A window's records [seq_len], None where they aren't there whole."""
         records, sums = self._map(domain)

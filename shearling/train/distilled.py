@@ -14,7 +14,7 @@ from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Taught, blended_loss
 from shearling.loss.logits import logit_cap, scaled
-from shearling.loss.streams import in_order, outputs_of, stream_loss
+from shearling.loss.streams import Weights, in_order, outputs_of, stream_loss
 from shearling.train.objective import Losses, target_counts
 
 
@@ -35,10 +35,14 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Streams:
-    """The hidden-state term: the student's blocks, by path, in the order of the lessons' streams, and its weight."""
+    """The hidden-state term: the student's blocks, by path, in the order of the lessons' streams, and its weight.
+
+    `counting` says what of them counts how much at present; left out: all alike.
+    """
 
     blocks: tuple[str, ...]
     weight: float
+    counting: Callable[[], Weights] = Weights
 
 
 def linear(step: int, steps: int, *, start: float, end: float) -> float:
@@ -84,7 +88,8 @@ class Distilled:
         )
         figures = {"loss": loss.view_as(targets), "kl": kl.view_as(targets)}
         if self.streams:
-            apart = stream_loss(in_order(seen, paths), lesson.streams) * (targets != IGNORED)
+            apart = stream_loss(in_order(seen, paths), lesson.streams, self.streams.counting())
+            apart = apart * (targets != IGNORED)
             total = total + self.streams.weight * apart.sum()
             figures["hidden"] = apart.detach()
         sums = {name: _by_domain(figure, batch.domains, self.domains) for name, figure in figures.items()}

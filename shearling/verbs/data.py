@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from shearling.data.document import Reading
+from shearling.data.domains import Input
 from shearling.data.files import is_remote, place, shown
 from shearling.data.jobs import has_receipts
 from shearling.data.manifest import MANIFEST, Manifest, parse_manifest
-from shearling.data.prepare import prepare, prepare_more
+from shearling.data.prepare import check_same_inputs, prepare, prepare_more
 from shearling.data.store import Store
 from shearling.data.summary import DomainSummary, summarise
 from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
 from shearling.recipe import Data, Inspect
+from shearling.recipe import Input as OneInput
 from shearling.stage import Stage, locked, sync
 from shearling.weights.config import check_code
 from shearling.weights.folder import resolve
@@ -28,7 +30,8 @@ SAMPLE_TOKENS = 48
 def make_store(asked: Data, *, tokenizer: str, out: str, progress: Progress | None = None) -> tuple[Store, bool]:
     """The store at `out`, and whether it was there already.
 
-    What is finished of a preparation that ended early is kept, and the same call goes on from it.
+    What is finished of a preparation that ended early is kept, and the same call goes on from it. Raises UserError
+    where the store is there and its inputs have changed.
     """
     _check_local(out)
     folder = resolve(tokenizer)
@@ -42,10 +45,12 @@ def make_store(asked: Data, *, tokenizer: str, out: str, progress: Progress | No
     }
     stage = Stage(Path(out), identity, resumable=has_receipts, discard=UserError)
     if stage.done:
-        return Store.open(stage.out), True
+        store = Store.open(stage.out)
+        check_same_inputs(_inputs(asked), store)
+        return store, True
     with stage as partial:
         prepare(
-            asked.inputs,
+            _inputs(asked),
             tokenizer=folder,
             source=tokenizer,
             reading=_reading(asked),
@@ -79,7 +84,7 @@ def add_documents(asked: Data, *, tokenizer: str, out: str, progress: Progress |
             with stage as partial:
                 prepare_more(
                     onto,
-                    asked.inputs,
+                    _inputs(asked),
                     tokenizer=folder,
                     reading=_reading(asked),
                     out=partial,
@@ -165,9 +170,25 @@ def _reading(asked: Data) -> Reading:
     return Reading(**{field.name: getattr(asked, field.name) for field in fields(Reading)})
 
 
+def _inputs(asked: Data) -> list[str | Input]:
+    """The inputs, those with a section of their own with how they are read."""
+    return [one if isinstance(one, str) else Input(one.path, _own_reading(asked, one)) for one in asked.inputs]
+
+
+def _own_reading(asked: Data, one: OneInput) -> Reading:
+    own = one.model_dump(exclude={"path"}, exclude_none=True)
+    if one.text_column is not None and one.messages_column is None:
+        own = {"messages_column": None, "assistant_loss_only": False, **own}  # texts, where others are conversations
+    return Reading(**{**asdict(_reading(asked)), **own})
+
+
 def _asked_of_documents(asked: Data) -> dict[str, Any]:
     """What decides which documents are read: for the identity of what is made of them, without passwords of URLs."""
-    return {"inputs": [_named(path) for path in asked.inputs], "reading": asdict(_reading(asked))}
+    inputs = [
+        _named(one) if isinstance(one, str) else {"path": _named(one.path), "reading": asdict(one.reading)}
+        for one in _inputs(asked)
+    ]
+    return {"inputs": inputs, "reading": asdict(_reading(asked))}
 
 
 def _named(path: str) -> str:

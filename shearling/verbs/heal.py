@@ -72,6 +72,9 @@ def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = Non
         return Healed(out=stage.out, done_before=True, **healed)
     source.check_finite()
     check_sums(phase.session.feed.store for phase in phases)
+    if teaching:
+        for phase in phases:
+            teaching.check(phase.session)
     phases = [replace(p, session=_aimed(p, source)) for p in phases]
     for note in (note for phase in phases for note in phase.session.notes):
         log.info(note)
@@ -163,7 +166,7 @@ class Healing:
                 model,
                 settings=session.settings,
                 state=state,
-                draw=reading.draw,
+                draw=session.telling(reading.draw, state, record.write),
                 objective=balance or objective,
                 optimizers=[optimizer],
                 terms=[part for part in (distilled, balance) if part],

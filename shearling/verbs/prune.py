@@ -82,6 +82,8 @@ def prune(
         log.info(note)
     source.check_finite()
     check_sums([store])
+    if teaching:
+        teaching.check(session)
     with stage as folder:
         return Pruning(source, target, session, asked, teaching, notes, folder, stage.out).run(watch)
 
@@ -177,7 +179,7 @@ class Pruning:
         ).to(session.device)
         attached = Attached(model, source.family, config=source.config, axes=gates.axes)
         term = LearnedMasks(attached, gates)
-        distilled = self.teaching.objective(session) if self.teaching else None
+        distilled = self.teaching.objective(session, under=attached) if self.teaching else None
         objective = distilled or session.objective()
         balance = balanced(objective, source)
         session.prepare(model, self.asked)
@@ -192,7 +194,7 @@ class Pruning:
                 model,
                 settings=session.settings,
                 state=session.state(),
-                draw=reading.draw,
+                draw=session.telling(reading.draw, session.state(), record.write),
                 objective=balance or objective,
                 optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
                 terms=[*([distilled] if distilled else []), *([balance] if balance else []), term],

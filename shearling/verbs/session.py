@@ -11,9 +11,11 @@ import torch
 
 from shearling.axes.count import flops_per_token
 from shearling.axes.shape import Shape
+from shearling.data.batch import Batch
 from shearling.data.feed import Feed, by_size
 from shearling.data.files import is_remote
 from shearling.data.loader import bytes_per_token
+from shearling.data.sampler import SamplerState
 from shearling.data.store import Store
 from shearling.errors import UserError, nearest, raise_all
 from shearling.loss.held_out import Measured, measure
@@ -24,12 +26,19 @@ from shearling.recipe import Training
 from shearling.train.objective import NextToken, Objective
 from shearling.train.optim import default_lr
 from shearling.train.schedule import cosine, trapezoid
-from shearling.train.step import Settings, State
+from shearling.train.step import Draw, Log, Settings, State
 from shearling.verbs.source import Source
 
 log = logging.getLogger(__name__)
 
 FORWARD_TOKENS = 8192  # tokens that go through the model at once
+# What comes of a limited domain that has been read as often as it may be. "refuse" is about what is known beforehand.
+AT_END = {
+    "refuse": "the run ends",
+    "stop": "the run ends",
+    "redistribute": "its share goes to the others",
+    "repeat": "it is read again",
+}
 WINDOWS_BETWEEN = 4  # of the smallest domain, between two updates of the mixture
 UPDATES = 20  # of the mixture in a run, where nobody asks for another number
 Watch = Callable[[str, int], Callable[[int, float, Mapping[str, float]], None]]  # (title, steps) -> train's on_step
@@ -100,7 +109,8 @@ class Session:
     def towards(self, references: Mapping[str, float] | None, said: str) -> "Session":
         """The same, its mixture steered towards `references`, or constant where there are none; `said` is why."""
         steering = replace(self.steering, references=references) if self.steering and references else None
-        return replace(self, steering=steering, notes=(*self.notes, said))
+        limits = self._limit_notes() if steering else ()
+        return replace(self, steering=steering, notes=(*self.notes, *limits, said))
 
     @property
     def signal(self) -> Signal | None:
@@ -219,12 +229,40 @@ class Session:
                     for domain, step in ends.items()
                 ]
             )
-        what = {"stop": "the run ends", "redistribute": "its share goes to the others", "repeat": "it is read again"}
         return tuple(
             f"{domain} will have been read {self.feed.repeats[domain]} times at step {step} of "
-            f"{self.settings.steps}, if the weights stay: then {what[self.feed.at_end]}"
+            f"{self.settings.steps}, if the weights stay: then {AT_END[self.feed.at_end]}"
             for domain, step in ends.items()
         )
+
+    def _limit_notes(self) -> tuple[str, ...]:
+        """Of limited domains that last at the weights it starts with: that a mixture which changes may end them."""
+        steps, weights = self.settings.steps, self.mixture.weights
+        found = {domain: self.feed.longest_share(domain, steps) for domain in self.feed.limits()}
+        return tuple(
+            f"{domain} lasts to the end while it is at most {share:.1%} of the data on average; it starts at "
+            f"{weights[domain]:.1%}, and the mixture may change that: if it is used up, {AT_END[self.feed.at_end]}"
+            for domain, share in found.items()
+            if weights[domain] <= share < 1
+        )
+
+    def telling(self, draw: Draw, state: State, write: Log) -> Draw:
+        """`draw`, from `state` on, with an event "used_up" for each limited domain whose last window it draws, or for
+        those that the data ends with.
+        """
+        before = state.step - sum(state.sampler.drawn) // self.feed.sequences
+
+        def drawing(sampler: SamplerState, weights: Mapping[str, float]) -> tuple[Batch | None, SamplerState]:
+            found, after = draw(sampler, weights)
+            ended = self.feed.used_up(sampler, weights) if found is None else []
+            for domain in ended or self.feed.used_up_between(sampler, after):
+                step, left = before + sum(after.drawn) // self.feed.sequences, self.feed.shares_left(after, weights)
+                note = f"{domain} has been read {self.feed.repeats[domain]} times: {AT_END[self.feed.at_end]}"
+                write("used_up", step=step, domain=domain, weights=left, note=note)
+                log.info("%s, at step %d of %d", note, step, self.settings.steps)
+            return found, after
+
+        return drawing
 
 
 def check_sums(stores: Iterable[Store]) -> None:

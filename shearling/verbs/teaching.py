@@ -11,7 +11,8 @@ import torch
 from shearling.data.store import Store
 from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
-from shearling.loss.streams import Alignment
+from shearling.loss.streams import Alignment, Weights
+from shearling.masks.attach import Attached
 from shearling.teacher.cache import Cache, Manifest
 from shearling.teacher.cached import CachedTeacher
 from shearling.teacher.live import LiveTeacher
@@ -43,8 +44,10 @@ class Teaching:
                 expected="a teacher that runs along",
                 change="leave the cache out, or the hidden-state term",
             )
-        kept = kept_of(student.origin(), student=student.name, teacher=teacher.name, fingerprint=teacher.fingerprint)
         layers = student.shape["num_hidden_layers"]
+        if student.fingerprint == teacher.fingerprint:  # before the cut, and so under masks
+            return cls(options, teacher, Alignment.whole(student.family, layers=layers))
+        kept = kept_of(student.origin(), student=student.name, teacher=teacher.name, fingerprint=teacher.fingerprint)
         return cls(options, teacher, Alignment.of(kept, student.family, layers=layers))
 
     @classmethod
@@ -58,21 +61,35 @@ class Teaching:
             raise UserError("teacher", found=why, expected="the model that this one was cut from", change=change)
         return cls.plan(options, teacher=teacher, student=student)
 
-    def objective(self, session: Session) -> Distilled:
-        """For one session: hand it to the loop as its objective, and first among its terms."""
+    def objective(self, session: Session, *, under: Attached | None = None) -> Distilled:
+        """For one session: hand it to the loop as its objective, and first among its terms.
+
+        `under`: the masks that the student is under, for what they keep of its streams.
+        """
         domains, options = session.settings.domains, self.options
         live = partial(self._live, options.device or session.device)
         if options.cache is None:
             teacher = live()
         else:
-            teacher = CachedTeacher(self._cache(Path(options.cache), session), live, domains=domains)
+            teacher = CachedTeacher(Cache.open(*self._cache_of(Path(options.cache), session)), live, domains=domains)
         return Distilled(
             teacher,
             domains=len(domains),
             share=partial(linear, start=options.share, end=options.end),
             steps=session.settings.steps,
-            streams=Streams(self.alignment.student, options.hidden) if self.alignment else None,
+            streams=self._streams(under),
         )
+
+    def _streams(self, under: Attached | None) -> Streams | None:
+        if self.alignment is None:
+            return None
+        counting = (lambda: Weights.of_masks(under.masks)) if under else Weights
+        return Streams(self.alignment.student, self.options.hidden, counting)
+
+    def check(self, session: Session) -> None:
+        """Raises UserError for a cache of other things, before anything is computed."""
+        if self.options.cache is not None:
+            Cache.check(*self._cache_of(Path(self.options.cache), session))
 
     def flops(self, session: Session, tokens: int) -> float:
         """FLOPs of the teacher's forward passes over so many tokens; what a cache saves of them isn't known before."""
@@ -100,7 +117,7 @@ class Teaching:
     def _dtype(self, device: str) -> torch.dtype:
         return getattr(torch, self.options.dtype) if self.options.dtype else default_dtype(device)
 
-    def _cache(self, folder: Path, session: Session) -> Cache:
+    def _cache_of(self, folder: Path, session: Session) -> tuple[Path, Manifest]:
         store, seq_len, separate = session.feed.store, session.settings.seq_len, session.feed.separate
         manifest = Manifest(
             kind=self.options.kind,
@@ -114,7 +131,7 @@ class Teaching:
             weights=f"{self._dtype(self.options.device or session.device)} {self.options.weights}",
             windows={domain: store.window_count(domain, "train", seq_len) for domain in store.domains},
         )
-        return Cache.open(folder / _place(store, seq_len, separate), manifest)
+        return folder / _place(store, seq_len, separate), manifest
 
 
 def _place(store: Store, seq_len: int, separate: bool) -> str:

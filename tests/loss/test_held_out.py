@@ -92,6 +92,24 @@ def test_ranks_sums_add_up(store, model):
         assert numbers(measured(total, domain="many")) == pytest.approx(numbers(whole), rel=1e-12)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_each_rank_measures_its_share(store, model, ranks):
+    """Shares are disjoint and together all windows; one of nothing is no special case."""
+
+    def share_of(rank: int, ranks: int):
+        options = {"seq_len": SEQ_LEN, "limit": 9, "sequences": 4, "rank": rank, "ranks": ranks}
+        return {domain: held_out(store, domain, **options) for domain in store.domains}
+
+    whole, shares = share_of(0, 1), [share_of(rank, ranks) for rank in range(ranks)]
+    sums = [{domain: held_out_sums(model, windows) for domain, windows in share.items()} for share in shares]
+    assert [share["many"].windows for share in sums] == [len(range(rank, 9, ranks)) for rank in range(ranks)]
+    assert [share["short"].windows for share in sums] == [1] + [0] * (ranks - 1)
+    others = iter(sum((share[domain] for share in sums[1:]), Sums.none()) for domain in store.domains)
+    found = measure(model, share_of(0, ranks), together=lambda mine: mine + next(others))
+    for domain, figures in measure(model, whole).items():
+        assert numbers(found[domain]) == pytest.approx(numbers(figures), rel=1e-6)
+
+
 RANK = """
 import sys
 from datetime import timedelta

@@ -4,7 +4,7 @@ from small_models import small, tokens
 
 from shearling.errors import UserError
 from shearling.loss.cross_entropy import hidden_states
-from shearling.loss.streams import Alignment, in_order, outputs_of, stream_loss
+from shearling.loss.streams import Alignment, Weights, in_order, outputs_of, stream_loss
 
 
 def test_alignment_follows_what_was_kept() -> None:
@@ -51,3 +51,25 @@ def test_stream_loss() -> None:
     torch.testing.assert_close(found, torch.stack(ratios).mean(0))
     assert float(stream_loss(theirs, theirs).sum()) == 0
     assert torch.isfinite(stream_loss(mine, [torch.zeros_like(t) for t in theirs])).all()
+
+
+def test_weights_of_masks() -> None:
+    """Against the formula in float64, on the way; and with masks of 0 and 1 it is the cut's own figure."""
+    generator = torch.Generator().manual_seed(1)
+    mine, theirs = (
+        [torch.randn(2, 5, 7, generator=generator, dtype=torch.float64) for _ in range(3)] for _ in range(2)
+    )
+    hidden, layer = (torch.rand(n, generator=generator, dtype=torch.float64, requires_grad=True) for n in (7, 3))
+    weights = Weights.of_masks({"hidden": hidden, "layer": layer, "group": torch.ones(1)})
+    assert weights.channels is not None
+    assert not weights.channels.requires_grad  # closing what is far off must not pay
+    ratios = [((m - t) ** 2 * hidden).sum(-1) / (t**2 * hidden).sum(-1) for m, t in zip(mine, theirs, strict=True)]
+    expected = sum(share * ratio for share, ratio in zip(layer / layer.sum(), ratios, strict=True))
+    torch.testing.assert_close(stream_loss(mine, theirs, weights), expected.detach())
+
+    channels, layers = [0, 3, 4], [0, 2]
+    shut = {"hidden": torch.zeros(7), "layer": torch.zeros(3)}
+    shut["hidden"][channels], shut["layer"][layers] = 1, 1
+    cut = stream_loss(*([stream[i][..., channels] for i in layers] for stream in (mine, theirs)))
+    torch.testing.assert_close(stream_loss(mine, theirs, Weights.of_masks(shut)), cut)
+    assert torch.equal(stream_loss(mine, theirs, Weights.of_masks({})), stream_loss(mine, theirs))

@@ -5,14 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from masked_reference import assert_close, copied, reference_logits
+from masked_reference import assert_close, copied, reference_logits, reference_streams
 from small_models import Small, small, tokens
 from torch import Tensor
 from torch.nn import functional
 
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.data.batch import Batch
-from shearling.loss.streams import Alignment
+from shearling.loss.streams import Alignment, Weights
 from shearling.masks.attach import Attached
 from shearling.teacher.live import LiveTeacher
 from shearling.train.distilled import Distilled, Streams, linear
@@ -86,6 +86,40 @@ def test_gradients_with_masks_on(tied: bool) -> None:
     together = parts[0] + parts[1]
     assert float(together.sums["loss"].sum()) == pytest.approx(float(ce.detach()), rel=1e-5)
     assert float(together.sums["kl"].sum()) == pytest.approx(float(kl.detach()), rel=1e-5)
+    for name, parameter in made.model.named_parameters():
+        assert_close(parameter.grad, w[name].grad, name)
+    for axis, mask in masks.items():
+        assert_close(mask.grad, z[axis].grad, axis)
+
+
+def test_the_hidden_state_term_with_masks_on() -> None:
+    """A masked model's streams against those of one without masks, weighed by the masks: gradients against float64."""
+    made, source, found = small("llama", biases=True), small("llama", biases=True, seed=4), batch()
+    source.model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(6)
+    masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in MASKABLE}
+    masks["hidden"][:6], masks["layer"][1] = 0, 0
+    masks = {axis: mask.requires_grad_() for axis, mask in masks.items()}
+    attached = Attached(made.model, made.family, sizes=made.shape.axes, axes=MASKABLE, tied=False)
+    attached.set(masks)
+    whole = Alignment.whole(made.family, layers=3)
+    streams = Streams(whole.student, 0.3, lambda: Weights.of_masks(attached.masks))
+    objective = distilled(source, share=0.0, streams=streams, blocks=whole.source)
+    losses = objective(made.model, found)
+    losses.total.backward()
+    attached.push()
+
+    w, z = copied(made.model.named_parameters()), copied(masks.items())
+    mine: list[Tensor] = []
+    logits = reference_logits(made, w, z, made.shape.axes["hidden"] - 6, found.ids[:, :-1], streams=mine)
+    with torch.no_grad():
+        theirs = reference_streams(source, found.ids[:, :-1])
+    channels, layers = z["hidden"].detach(), z["layer"].detach()
+    ratios = [((m - t) ** 2 * channels).sum(-1) / (t**2 * channels).sum(-1) for m, t in zip(mine, theirs, strict=True)]
+    apart = sum(share * ratio for share, ratio in zip(layers / layers.sum(), ratios, strict=True))
+    hidden = (apart * (found.targets != -100)).sum()
+    (functional.cross_entropy(logits.flatten(0, 1), found.targets.flatten(), reduction="sum") + 0.3 * hidden).backward()
+    assert float(losses.sums["hidden"].sum()) == pytest.approx(float(hidden.detach()), rel=1e-5)
     for name, parameter in made.model.named_parameters():
         assert_close(parameter.grad, w[name].grad, name)
     for axis, mask in masks.items():

@@ -4,11 +4,14 @@ import json
 import shutil
 import sys
 
+import fsspec
 import pytest
 
 from shearling import cli
-from shearling.recipe import Inspect, validated
-from shearling.verbs.data import inspect_store, verify_store
+from shearling.errors import UserError
+from shearling.recipe import Data, Inspect, Recipe, validated
+from shearling.run import run as run_recipe
+from shearling.verbs.data import inspect_store, make_store, verify_store
 
 
 @pytest.fixture
@@ -128,3 +131,85 @@ def test_mistakes(run, store_folder, words, told):
     code, out, found = run(*[store_folder if word == "STORE" else word for word in words])
     assert (code, out) == (2, "")
     assert told in found
+
+
+def lines(path, *records) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_each_input_in_a_way_of_its_own(tmp_path, model_folder):
+    """Texts in another column beside conversations; what an input leaves open is as in the section."""
+    says = [{"role": "user", "content": "the sheep"}, {"role": "assistant", "content": "was shorn"}]
+    chat = lines(tmp_path / "chat.jsonl", *[{"messages": says}] * 4)
+    web = lines(tmp_path / "web.jsonl", *[{"content": "the dog sat by the river"}] * 4, {"content": 5})
+    own = {"path": web, "text_column": "content", "skip_broken": True}
+    asked = validated(Data, {"inputs": [chat, own], "messages_column": "messages", "held_out": 0.3})
+    store, there = make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "store"))
+    assert not there
+    assert inspect_store(str(tmp_path / "store"), validated(Inspect, {})).samples["web"].startswith("the dog sat")
+    found = store.manifest.domains["web"]
+    assert found.train.broken + found.eval.broken == 1
+    assert make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "store"))[1]
+    other = validated(Data, {**asked.model_dump(), "inputs": [chat, {**own, "text_column": "text"}]})
+    with pytest.raises(UserError, match="other settings"):
+        make_store(other, tokenizer=str(model_folder), out=str(tmp_path / "store"))
+    with pytest.raises(UserError, match="unknown key"):
+        validated(Data, {"inputs": [{"path": web, "colum": "content"}]})
+
+
+def test_a_finished_store_of_inputs_that_changed_is_no_longer_that(tmp_path, model_folder, texts):
+    path = lines(tmp_path / "corpus" / "prose" / "a.jsonl", *({"text": text} for text in texts["prose"]))
+    asked, out = validated(Data, {"inputs": [str(tmp_path / "corpus")], "held_out": 0.2}), tmp_path / "store"
+    before = make_store(asked, tokenizer=str(model_folder), out=str(out))[0].digest
+    (tmp_path / "corpus" / "prose" / "empty.jsonl").write_text("")
+    assert make_store(asked, tokenizer=str(model_folder), out=str(out))[1]
+    lines(tmp_path / "corpus" / "prose" / "a.jsonl", {"text": "other words"})
+    more = lines(tmp_path / "corpus" / "prose" / "b.jsonl", {"text": "more words"})
+    with pytest.raises(UserError) as caught:
+        make_store(asked, tokenizer=str(model_folder), out=str(out))
+    for part in (str(out), path, more, "choose another --out", "--add"):
+        assert part in str(caught.value)
+    shutil.rmtree(tmp_path / "corpus")
+    assert make_store(asked, tokenizer=str(model_folder), out=str(out))[0].digest == before
+
+
+def test_what_a_template_fails_on_is_passed_over_if_asked(tmp_path, copied):
+    """But not that there's no template at all, which is a fault of all conversations."""
+    model = copied()
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}{{ 1 // (messages | length - 2) }}")
+    one, two = ([{"role": "user", "content": "the sheep"}] * n for n in (1, 2))
+    path = lines(tmp_path / "chat.jsonl", *({"messages": says} for says in (one, two, one, one, two)))
+    wanted = {"inputs": [path], "messages_column": "messages", "held_out": 0.3}
+    with pytest.raises(UserError, match=r"chat.jsonl, line 2 .*the chat template fails on it"):
+        make_store(validated(Data, wanted), tokenizer=str(model), out=str(tmp_path / "strict"))
+    store, _ = make_store(
+        validated(Data, {**wanted, "skip_broken": True}), tokenizer=str(model), out=str(tmp_path / "kept")
+    )
+    found = store.manifest.domains["chat"]
+    assert (found.train.broken + found.eval.broken, found.train.documents + found.eval.documents) == (2, 3)
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        make_store(validated(Data, {**wanted, "skip_broken": True}), tokenizer=str(model), out=str(tmp_path / "none"))
+
+
+def test_no_secret_gets_into_a_file_or_a_message(tmp_path, model_folder, texts, monkeypatch, caplog, target):
+    """Of URLs, of the environment and of fsspec's settings: neither a store's files, nor a run's, nor what is said."""
+    caplog.set_level("DEBUG", logger="shearling")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "CANARY-of-the-environment")
+    monkeypatch.setitem(fsspec.config.conf, "memory", {"secret": "CANARY-of-settings"})
+    url = "memory://me:CANARY-of-the-url@bucket/corpus?sig=CANARY-signed"
+    with fsspec.open("memory://me:CANARY-of-the-url@bucket/corpus/prose/a.jsonl", "w") as file:
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in texts["prose"]))
+    asked = validated(Data, {"inputs": [url.partition("?")[0]], "held_out": 0.2})
+    make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "store"))
+    gone = {"inputs": [f"{url}&also=CANARY-of-the-environment", {"path": url}]}
+    asked = {"model": str(model_folder), "out": str(tmp_path / "run"), "data": gone, "prune": {"to": target}}
+    with pytest.raises(UserError) as caught:
+        run_recipe(validated(Recipe, asked))
+    assert "CANARY" not in str(caught.value) + caplog.text
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "record.jsonl", "manifest.json", "stage.json"} <= {path.name for path in written}
+    for path in written:
+        assert b"CANARY" not in path.read_bytes(), path

@@ -1,6 +1,7 @@
 """The mixture in real runs: steered, explained in the record, the same with any number of workers, in phases."""
 
 import json
+import re
 import shutil
 from math import exp
 from pathlib import Path
@@ -201,9 +202,31 @@ def test_the_datas_end_is_told(tmp_path, cut, store_folder, ask_heal, caplog):
         "eta": 5.0,
     }
     asked = ask_heal(steps=windows, repeats={"sums": 1}, mixture=mixture, eval_windows=1)
+    caplog.set_level("INFO", logger="shearling")
     healed = heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
     assert healed.tokens < windows * 128
     assert f"sums ended at step {healed.tokens // 128} of {windows}, and the run with it" in caplog.text
+    lasts = r"sums lasts to the end while it is at most 25\.0% .* starts at 5\.0%.* if it is used up, the run ends"
+    (told,) = [note for note in changes(tmp_path / "healed")[0]["notes"] if re.match(lasts, note)]
+    assert told in caplog.text.partition("ended at step")[0]
+    (end,) = [event for event in record.read(tmp_path / "healed" / "record.jsonl") if event["event"] == "used_up"]
+    assert (end["step"], end["domain"]) == (healed.tokens // 128, "sums")
+
+
+def test_a_domain_whose_share_goes_to_the_others_is_told(tmp_path, cut, store_folder, ask_heal):
+    windows = Store.open(store_folder).window_count("sums", "train", 32)
+    shares = {"code": 0.25, "prose": 0.25, "sums": 0.5}
+    steps, last = windows, -(-windows * 2 // 4)  # four windows a step, two of them of sums
+    asked = ask_heal(
+        steps=steps, repeats={"sums": 1}, at_end="redistribute", mixture={"schedule": "constant", "weights": shares}
+    )
+    healed = heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "healed"), asked=asked)
+    assert healed.tokens == steps * 128
+    (end,) = [event for event in record.read(tmp_path / "healed" / "record.jsonl") if event["event"] == "used_up"]
+    assert end["domain"] == "sums"
+    assert abs(end["step"] - last) <= 1
+    assert end["weights"] == {"code": 0.5, "prose": 0.5, "sums": 0.0}
+    assert end["note"] == "sums has been read 1 times: its share goes to the others"
 
 
 def test_a_shard_with_a_wrong_sum_trains_nothing(tmp_path, cut, store_folder, ask_heal):

@@ -7,6 +7,7 @@ import pytest
 
 from shearling.data.store import Store
 from shearling.errors import UserError
+from shearling.record import read
 from shearling.teacher.cached import CachedTeacher
 from shearling.teacher.options import Options
 from shearling.train.loop import train
@@ -58,6 +59,16 @@ def test_a_live_teacher_with_hidden_states(cut, model_folder, session) -> None:
         assert step["objective"] == pytest.approx(blend, rel=1e-4)
 
 
+def test_hidden_states_while_masks_are_learned(model_folder, store_folder, ask_prune, tmp_path) -> None:
+    asked = ask_prune(method="masks", teacher={"share": 0.5, "hidden": 0.1}, lr=1e-2)
+    prune(str(model_folder), data=str(store_folder), out=str(tmp_path / "cut"), asked=asked)
+    steps = [event for event in read(tmp_path / "cut" / "record.jsonl") if event["event"] == "step"]
+    assert steps[0]["hidden"] > 0
+    for step in steps:
+        blend = 0.5 * step["loss"] + 0.5 * step["kl"] + 0.1 * step["hidden"]
+        assert step["objective"] == pytest.approx(blend, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["sampled", "top_k"])
 def test_a_cached_teacher_is_loaded_once_for_all_runs(kind, cut, model_folder, session, tmp_path, monkeypatch) -> None:
     teacher, options = Source.open(str(model_folder)), Options(share=0.5, cache=str(tmp_path / "c"), kind=kind)
@@ -74,6 +85,9 @@ def test_a_cached_teacher_is_loaded_once_for_all_runs(kind, cut, model_folder, s
     assert isinstance(windows, CachedTeacher)
     assert sum(windows.cache.written().values()) > 0
     (place,) = (tmp_path / "c").iterdir()
+    Teaching.plan(options, teacher=teacher, student=cut).check(session)
+    with pytest.raises(UserError, match=rf"{place.name}.*, k: found 32; expected 7"):  # before anything is computed
+        Teaching.plan(replace(options, k=7), teacher=teacher, student=cut).check(session)
     other = replace(options, k=7)
     with pytest.raises(UserError, match=rf"{place.name}.*, k: found 32; expected 7"):
         healed(Teaching.plan(other, teacher=teacher, student=cut), cut, session)
@@ -84,7 +98,7 @@ def test_what_cannot_teach_is_refused(cut, model_folder, copied, tmp_path) -> No
     with pytest.raises(UserError, match="expected a teacher that runs along"):
         Teaching.plan(Options(hidden=0.1, cache=str(tmp_path)), teacher=teacher, student=cut)
     with pytest.raises(UserError, match="expected a model cut from the teacher"):
-        Teaching.plan(Options(hidden=0.1), teacher=teacher, student=teacher)
+        Teaching.plan(Options(hidden=0.1), teacher=cut, student=teacher)
     tokenizer = Path(copied()) / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"</s>"', '"<end>"'))
     with pytest.raises(UserError, match="found the tokenizer"):
