@@ -59,10 +59,11 @@ def telling(family: Family, model_type: str = "") -> dict[str, dict[str, Any]]:
 
 
 def default(family: Family, model_type: str = "") -> dict[str, Any]:
-    """transformers' own config of a type."""
+    """transformers' own config of a type, without its nulls: some of its classes refuse those that they write."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(model_type or family.model_types[0]).to_dict()
+    config = AutoConfig.for_model(model_type or family.model_types[0]).to_dict()
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def shortened(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
