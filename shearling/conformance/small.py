@@ -59,11 +59,14 @@ def telling(family: Family, model_type: str = "") -> dict[str, dict[str, Any]]:
 
 
 def default(family: Family, model_type: str = "") -> dict[str, Any]:
-    """transformers' own config of a type, without its nulls: some of its classes refuse those that they write."""
+    """transformers' own config of a type. Some of its classes refuse the nulls that they write, some of its models too:
+    they are left out, or what the table takes them for.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type or family.model_types[0]).to_dict()
-    return {key: value for key, value in config.items() if value is not None}
+    sizes = {key: family.setting(config, key) for key in KEYS if key in config and key in family.defaults}
+    return {**{key: value for key, value in config.items() if value is not None}, **sizes}
 
 
 def shortened(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class TestDim:
 
     def test_masks_nest_as_their_axes_lie(self):
         sizes = {"vocab": 2, "hidden": 3, "layer": 5, "kv_head": 7, "group": 11, "head_dim": 13, "intermediate": 17}
+        sizes |= {"expert": 19, "moe_intermediate": 23, "shared_intermediate": 29}
         shapes = {axis: mask_shape(axis, sizes) for axis in MASKABLE}
         assert shapes == {
             "hidden": (3,),
@@ -70,6 +71,9 @@ class TestDim:
             "kv_head": (5, 7),
             "group": (5, 7, 11),
             "intermediate": (5, 17),
+            "expert": (5, 19),
+            "moe_intermediate": (5, 19, 23),
+            "shared_intermediate": (5, 29),
         }
 
     def test_an_axis_comes_after_those_it_lies_within(self):
@@ -245,6 +249,7 @@ class TestFactors:
                 below = next((t.role for t in made.tensors[number + 1 :] if not t.is_bias), "")
                 outer = set() if below == "post" else {"hidden", "layer"}
                 inner = () if tensor.input is None else tensor.dims[tensor.input].axes()
+                inner = (*inner, "expert") if tensor.stacked else inner  # whose own weight routing has while masked
                 assert set(axes) == outer | {axis for axis in inner if axis in MASKABLE}
             elif tensor.role == "post":
                 assert axes == ["hidden", "layer"]
