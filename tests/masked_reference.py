@@ -8,12 +8,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from small_models import Small
+from small_models import DENSE, Small
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from shearling.axes.axis import MASKABLE, is_per_layer, mask_shape
+from shearling.axes.axis import is_per_layer, mask_shape
 from shearling.axes.factors import Factor, factors
 from shearling.axes.index import positions
 from shearling.axes.table import Tensor as Row
@@ -87,7 +87,7 @@ def reference_logits(
 
 def reference_streams(made: Small, inputs: Tensor) -> list[Tensor]:
     """The residual streams of the same model with no masks."""
-    z = {axis: torch.ones(mask_shape(axis, made.shape.axes), dtype=torch.float64) for axis in MASKABLE}
+    z = {axis: torch.ones(mask_shape(axis, made.shape.axes), dtype=torch.float64) for axis in DENSE}
     streams: list[Tensor] = []
     reference_logits(made, copied(made.model.named_parameters()), z, made.shape.axes["hidden"], inputs, streams=streams)
     return streams
@@ -107,7 +107,11 @@ def folded_loss(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], k: dict
         kind = made.family.normalisation(row) if row.role in ("norm", "post") and not row.is_bias else None
         offset = kind.offset if kind else 0.0
         weight, share = w[row.at(layer)] + offset, torch.ones((), dtype=torch.float64)
-        mine = {part: [f for f in found.get(row, ()) if f.part == part and f.when != "cut"] for part in PARTS}
+        # That a router leaves removed experts out is no product with its weight: here it leaves out none.
+        mine = {
+            part: [f for f in found.get(row, ()) if f.part == part and f.when != "cut" and row.role != "route"]
+            for part in PARTS
+        }
         for f in mine["soft"] + mine["support"]:
             weight = weight * _spread(made, row, f, z if f.part == "soft" else k, layer)
         for f in mine["count"]:
@@ -131,8 +135,10 @@ def _spread(made: Small, row: Row, f: Factor, masks: dict[str, Tensor], layer: i
     mask = masks[f.axis] if layer is None or not is_per_layer(f.axis) else masks[f.axis][layer]
     if f.dim is None:
         return mask
-    along = mask.reshape(-1)[torch.tensor(positions(row.dims[f.dim], f.axis, made.shape.axes))]
-    return along.reshape([-1 if dim == f.dim else 1 for dim in range(len(row.dims))])
+    nested = row.nested(f.dim)
+    along = mask.reshape(-1)[torch.tensor(positions(nested or row.dims[f.dim], f.axis, made.shape.axes))]
+    dims = (f.dim,) if nested is None else (0, f.dim)
+    return along.reshape([size if dim in dims else 1 for dim, size in enumerate(row.shape(made.shape.axes))])
 
 
 def copied(parameters: Any) -> dict[str, Tensor]:

@@ -50,4 +50,4 @@ def small_experts(model_type: str, *, layers: int = 3, dtype: torch.dtype = torc
             centre, scale = (1.0, 0.3) if "norm" in name else (0.0, 1.0 / parameter.shape[-1] ** 0.5)
             parameter.copy_(centre + scale * noise * (3.0 if "mlp.gate." in name or "router" in name else 1.0))
     family = family_of(config)
-    return Small(config, family, shape_of(family, config), False, model)
+    return Small(model_type, family, config, shape_of(family, config), model)

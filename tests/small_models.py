@@ -11,6 +11,7 @@ from shearling.conformance.small import telling
 
 MODEL_TYPES = LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = tuple(t for family in families() for t in family.model_types if t not in LLAMAS)
+DENSE = ("hidden", "layer", "kv_head", "group", "intermediate")  # the axes of a model without experts
 FLAGS = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
 
 

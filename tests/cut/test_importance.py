@@ -4,11 +4,10 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from small_models import Small, build, small, tokens
+from small_models import DENSE, Small, build, small, tokens
 from torch import Tensor
 
 from shearling.arch.config import config_at
-from shearling.axes.axis import MASKABLE
 from shearling.axes.index import Kept, select
 from shearling.axes.shape import Shape
 from shearling.axes.target import resolve_target
@@ -104,7 +103,7 @@ def one_shot(made: Small, target: Shape, importance: Importance) -> tuple[Kept, 
 
 
 WAYS = [
-    *((axis, "outgoing") for axis in MASKABLE if axis != "layer"),
+    *((axis, "outgoing") for axis in DENSE if axis != "layer"),
     ("hidden", "incoming"),
     ("kv_head", "incoming"),
     ("intermediate", "incoming"),
@@ -140,7 +139,7 @@ def test_without_the_energy_correction_dead_channels_would_not_be_free() -> None
 
 
 @pytest.mark.parametrize("relaxation", ["soft_topk", "hard_concrete"])
-@pytest.mark.parametrize("axis", MASKABLE)
+@pytest.mark.parametrize("axis", DENSE)
 def test_learned_masks_from_a_ranked_start_keep_none_of_the_dead(axis: str, relaxation: str) -> None:
     made = small("llama")
     alive = kill(made, axis, "outgoing")

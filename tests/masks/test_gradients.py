@@ -3,7 +3,7 @@
 import pytest
 import torch
 from masked_reference import assert_close, copied, folded_loss, reference_loss
-from small_models import LLAMAS, OTHERS, Small, small, small_of_any, tokens
+from small_models import DENSE, LLAMAS, OTHERS, Small, small, small_of_any, tokens
 from torch import Tensor
 
 from shearling.axes.axis import MASKABLE, mask_shape
@@ -29,6 +29,8 @@ def soft_masks(made: Small, *, zeros: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     axes = (axis for axis in MASKABLE if axis in made.shape.axes)
     masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in axes}
+    if "expert" in masks:  # none removed: what routers then choose among is tests/masks/test_experts.py's
+        masks["expert"] = 0.1 + 0.9 * masks["expert"]
     masks["hidden"][:zeros] = 0
     return {axis: mask.requires_grad_() for axis, mask in masks.items()}
 
@@ -102,7 +104,7 @@ def check_masked_gradients(made: Small) -> None:
     """Two micro-batches, so that gradients must add up, against one pass of the reference over both."""
     masks = soft_masks(made, zeros=6)
     ids = tokens(made.shape["vocab_size"], sequences=4)
-    attached = Attached(made.model, made.family, config=made.config, axes=MASKABLE)
+    attached = Attached(made.model, made.family, config=made.config, axes=DENSE)
     attached.set(masks)
     total = 0.0
     for micro in ids.split(2):
@@ -127,11 +129,11 @@ def test_hard_concrete_gates_and_multipliers() -> None:
     """From the draw to the Lagrangian, the formulas of FACTS written once more."""
     made = small("llama", kv_heads=3, group=2, biases=True)
     target, _ = resolve_target(made.family, made.shape, WANTED)
-    scores = {axis: torch.rand(mask_shape(axis, made.shape.axes)) for axis in MASKABLE}
+    scores = {axis: torch.rand(mask_shape(axis, made.shape.axes)) for axis in DENSE}
     options = Options(relaxation="hard_concrete", level=0.5, spread=3.0, slide=0.5)
     gates = make_gates(made.shape, target, scores=scores, options=options, steps=10, seed=7)
     assert isinstance(gates, HardConcreteGates)
-    assert gates.axes == MASKABLE
+    assert gates.axes == DENSE
     with torch.no_grad():
         for parameter in (*gates.linear.values(), *gates.quadratic.values()):
             parameter.uniform_(-2, 2)
@@ -145,7 +147,7 @@ def test_hard_concrete_gates_and_multipliers() -> None:
     location, l1, l2 = (copied(d.items()) for d in (gates.location, gates.linear, gates.quadratic))
     generator = torch.Generator().manual_seed(noise_seed(7, step))
     z, constraint = {}, torch.zeros((), dtype=torch.float64)
-    for axis in MASKABLE:
+    for axis in DENSE:
         u = torch.rand(location[axis].shape, generator=generator).double().clamp(1e-6, 1 - 1e-6)
         s = torch.sigmoid((u.log() - (1 - u).log() + location[axis]) / (2 / 3))
         z[axis] = (s * 1.2 - 0.1).clamp(0, 1)
@@ -158,7 +160,7 @@ def test_hard_concrete_gates_and_multipliers() -> None:
     (reference_loss(made, w, z, alive, ids) + constraint).backward()
     for name, parameter in made.model.named_parameters():
         assert_close(parameter.grad, w[name].grad, name)
-    for axis in MASKABLE:
+    for axis in DENSE:
         assert_close(gates.location[axis].grad, location[axis].grad, f"location {axis}")
         assert_close(gates.linear[axis].grad, l1[axis].grad, f"l1 {axis}")
         assert_close(gates.quadratic[axis].grad, l2[axis].grad, f"l2 {axis}")
@@ -168,7 +170,7 @@ def test_soft_topk_gates() -> None:
     """Through the threshold: the reference solves for it in float64 and differentiates the solution implicitly."""
     made = small("qwen2", kv_heads=3, group=2)
     target, _ = resolve_target(made.family, made.shape, WANTED)
-    scores = {axis: torch.rand(mask_shape(axis, made.shape.axes)) for axis in MASKABLE}
+    scores = {axis: torch.rand(mask_shape(axis, made.shape.axes)) for axis in DENSE}
     options = Options(temperature=0.3, temperature_end=0.1)
     gates = make_gates(made.shape, target, scores=scores, options=options, steps=10, seed=0)
     assert isinstance(gates, SoftTopKGates)
@@ -181,12 +183,12 @@ def test_soft_topk_gates() -> None:
 
     temperature = gates.temperature(step)
     location = copied(gates.location.items())
-    z = {axis: implicit_topk(location[axis], gates.size(axis, step), temperature) for axis in MASKABLE}
+    z = {axis: implicit_topk(location[axis], gates.size(axis, step), temperature) for axis in DENSE}
     w = copied(made.model.named_parameters())
     reference_loss(made, w, z, gates.size("hidden", step), ids).backward()
     for name, parameter in made.model.named_parameters():
         assert_close(parameter.grad, w[name].grad, name)
-    for axis in MASKABLE:
+    for axis in DENSE:
         assert_close(gates.location[axis].grad, location[axis].grad, f"location {axis}")
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import MODEL_TYPES, Small, small, tokens
+from small_models import DENSE, MODEL_TYPES, Small, small, tokens
 from transformers import AutoModelForCausalLM
 
 from shearling.arch import family_of
 from shearling.arch.config import config_at
-from shearling.axes.axis import MASKABLE, mask_shape
+from shearling.axes.axis import mask_shape
 from shearling.axes.shape import Shape, shape_of
 from shearling.axes.target import resolve_target
 from shearling.conformance.exact import cut_model, masked_logits
@@ -99,8 +99,8 @@ def test_attaching_keeps_names_and_removing_brings_the_model_back() -> None:
     with torch.no_grad():
         before = made.model(ids).logits
     names = list(made.model.state_dict())
-    attached = Attached(made.model, made.family, config=made.config, axes=MASKABLE)
-    attached.set({axis: torch.full(mask_shape(axis, made.shape.axes), 0.5) for axis in MASKABLE})
+    attached = Attached(made.model, made.family, config=made.config, axes=DENSE)
+    attached.set({axis: torch.full(mask_shape(axis, made.shape.axes), 0.5) for axis in DENSE})
     assert sorted(made.model.state_dict()) == sorted(names)
     with torch.no_grad():
         assert relative(made.model(ids).logits, before) > 0.01

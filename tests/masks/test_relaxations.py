@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import small
+from small_models import DENSE, small
 
-from shearling.axes.axis import MASKABLE, mask_shape
+from shearling.axes.axis import mask_shape
 from shearling.axes.index import places
 from shearling.axes.target import resolve_target
 from shearling.masks import hard_concrete
@@ -31,7 +31,7 @@ def gates_of(options: Options, *, steps: int = 20, seed: int = 0):
     made = small("llama", kv_heads=3, group=2)
     target, _ = resolve_target(made.family, made.shape, WANTED)
     generator = torch.Generator().manual_seed(1)
-    scores = {axis: torch.rand(mask_shape(axis, made.shape.axes), generator=generator) for axis in MASKABLE}
+    scores = {axis: torch.rand(mask_shape(axis, made.shape.axes), generator=generator) for axis in DENSE}
     return make_gates(made.shape, target, scores=scores, options=options, steps=steps, seed=seed)
 
 

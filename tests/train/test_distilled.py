@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 from masked_reference import assert_close, copied, reference_logits, reference_streams
-from small_models import Small, small, tokens
+from small_models import DENSE, Small, small, tokens
 from torch import Tensor
 from torch.nn import functional
 
-from shearling.axes.axis import MASKABLE, mask_shape
+from shearling.axes.axis import mask_shape
 from shearling.data.batch import Batch
 from shearling.loss.streams import Alignment, Weights
 from shearling.masks.attach import Attached
@@ -67,10 +67,10 @@ def test_gradients_with_masks_on(tied: bool) -> None:
     """Weights and masks of a masked student, two micro-batches, against the formula in float64."""
     made, source, found = small("llama", tied=tied, biases=True), teacher(), batch()
     generator = torch.Generator().manual_seed(5)
-    masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in MASKABLE}
+    masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in DENSE}
     masks["hidden"][:6] = 0
     masks = {axis: mask.requires_grad_() for axis, mask in masks.items()}
-    attached = Attached(made.model, made.family, config=made.config, axes=MASKABLE)
+    attached = Attached(made.model, made.family, config=made.config, axes=DENSE)
     attached.set(masks)
     objective = distilled(source, share=0.6)
     parts = [objective(made.model, micro) for micro in found.split(2)]
@@ -97,10 +97,10 @@ def test_the_hidden_state_term_with_masks_on() -> None:
     made, source, found = small("llama", biases=True), small("llama", biases=True, seed=4), batch()
     source.model.requires_grad_(False)
     generator = torch.Generator().manual_seed(6)
-    masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in MASKABLE}
+    masks = {a: torch.rand(mask_shape(a, made.shape.axes), generator=generator) for a in DENSE}
     masks["hidden"][:6], masks["layer"][1] = 0, 0
     masks = {axis: mask.requires_grad_() for axis, mask in masks.items()}
-    attached = Attached(made.model, made.family, sizes=made.shape.axes, axes=MASKABLE, tied=False)
+    attached = Attached(made.model, made.family, config=made.config, axes=DENSE)
     attached.set(masks)
     whole = Alignment.whole(made.family, layers=3)
     streams = Streams(whole.student, 0.3, lambda: Weights.of_masks(attached.masks))
