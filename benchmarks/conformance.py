@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from shearling.arch import families
+from shearling.arch.file import digest
 from shearling.axes.count import parameters
 from shearling.axes.spec import Family
 from shearling.conformance.model import random_model
-from shearling.conformance.page import digest, stale
+from shearling.conformance.page import stale
 from shearling.conformance.proof import CHECKS, Proof, prove
 from shearling.conformance.reload import reloaded, save_cut
 from shearling.conformance.small import default, small, telling

@@ -33,7 +33,10 @@ def parse_shape(value: object) -> dict[str, int]:
     """A target shape: a mapping, or text as `--to` takes it. Raises UserError."""
     if isinstance(value, Mapping):
         return parse_target(",".join(f"{key}={size}" for key, size in value.items()))
-    return parse_target(str(value))
+    if not isinstance(value, str):
+        change = "name what to cut, as hidden_size=N,..."
+        raise UserError("target", found=repr(value), expected="sizes of the model", change=change)
+    return parse_target(value)
 
 
 def parse_shares(text: str, what: str, kind: type[int] | type[float] = float) -> dict[str, Any]:

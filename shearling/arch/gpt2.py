@@ -41,7 +41,6 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
     },
-    divides=("hidden_size % num_attention_heads",),
     coupled=("hidden_size == num_attention_heads * head_dim",),
     uncut={
         "layer if scale_attn_by_inverse_layer_idx": "each layer's attention is scaled by the layer's number, which a "

@@ -29,6 +29,5 @@ GPT_NEOX = Family(
         "tie_word_embeddings": False,
         "layer_norm_eps": 1e-5,
     },
-    divides=("hidden_size % num_attention_heads",),
     coupled=("hidden_size == num_attention_heads * head_dim",),
 )

@@ -4,9 +4,9 @@ Nothing here loads torch: `make docs` takes a second.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
 from typing import Any
 
+from shearling.arch.file import digest
 from shearling.axes.axis import MASKABLE
 from shearling.axes.spec import Family
 from shearling.conformance.terms import terms
@@ -36,11 +36,6 @@ like any table; axes along which it wasn't are left whole.
 | `model_type` | outcome | cut along | why |
 | --- | --- | --- | --- |
 """
-
-
-def digest(family: Family) -> str:
-    """What a proof belongs to: changes with anything in the family's table."""
-    return sha256(repr(family).encode()).hexdigest()[:16]
 
 
 def stale(families: Sequence[Family], proofs: Proofs) -> list[tuple[Family, str]]:

