@@ -59,7 +59,7 @@ class Stack:
         which = torch.full((len(x), 1), expert, device=device)
         ones = torch.ones(len(x), 1, dtype=x.dtype, device=device)
         name = bias_name(self.down)
-        parameters = dict(self.module.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.module.named_parameters())
         if name in parameters:
             parameters[name] = torch.zeros_like(parameters[name])
         parts = []

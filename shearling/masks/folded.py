@@ -33,7 +33,7 @@ def fold(
         weight = weight * row.unsqueeze(-1)
     if column is not None:
         weight = weight * column
-    if keep is not None:
+    if keep is not None and count is not None:
         weight = torch.addr(weight, keep.to(weight.dtype), (weight.sum(0) / count).to(weight.dtype), alpha=-1)
     return weight
 
@@ -105,7 +105,8 @@ class MaskedLinear(nn.Module):
     ):
         super().__init__()
         self.plain = (linear,)  # in a tuple, so that its parameters are not registered twice
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.get_parameter("weight")
+        self.bias = dict(linear.named_parameters(recurse=False)).get("bias")
         self.row, self.column, self.centre, self.transposed = row, column, centre, transposed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class MaskedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         factor = self.scale if self.soft is None else self.scale * self.soft
         weight = (self.weight + self.offset) * factor - self.offset if self.offset else self.weight * factor
-        parameters = {"weight": weight}
+        parameters: dict[str, Tensor] = {"weight": weight}
         if self.bias is not None:
             bias = self.bias if self.soft is None else self.bias * self.soft
             parameters["bias"] = bias if self.support is None else bias * self.support
@@ -172,7 +173,7 @@ class MaskedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Module, column: Tensor, *, centre: Centre | None = None):
         super().__init__()
         self.plain = (embedding,)
-        self.weight = embedding.weight
+        self.weight = embedding.get_parameter("weight")
         self.column, self.centre = column, centre
 
     def forward(self, ids: Tensor) -> Tensor:
