@@ -17,6 +17,7 @@ from shearling.axes.axis import is_per_layer, mask_shape
 from shearling.axes.factors import Factor, factors
 from shearling.axes.index import positions
 from shearling.axes.table import Tensor as Row
+from shearling.cut.fold import spread_over
 
 TOLERANCE = 2e-5  # of a gradient's norm: the model under test computes in fp32
 
@@ -109,10 +110,11 @@ def folded_loss(made: Small, w: dict[str, Tensor], z: dict[str, Tensor], k: dict
         weight, share = w[row.at(layer)] + offset, torch.ones((), dtype=torch.float64)
         # That a router leaves removed experts out is no product with its weight: here it leaves out none.
         mine = {
-            part: [f for f in found.get(row, ()) if f.part == part and f.when != "cut" and row.role != "route"]
+            part: [f for f in found.get(row, ()) if f.part == part and f.when != "cut" and f.axis in z]
             for part in PARTS
+            if row.role != "route" or part != "support"
         }
-        for f in mine["soft"] + mine["support"]:
+        for f in mine["soft"] + mine.get("support", []):
             weight = weight * _spread(made, row, f, z if f.part == "soft" else k, layer)
         for f in mine["count"]:
             share = share * _spread(made, row, f, k, layer).detach()
@@ -136,7 +138,7 @@ def _spread(made: Small, row: Row, f: Factor, masks: dict[str, Tensor], layer: i
     if f.dim is None:
         return mask
     nested = row.nested(f.dim)
-    along = mask.reshape(-1)[torch.tensor(positions(nested or row.dims[f.dim], f.axis, made.shape.axes))]
+    along = spread_over(mask, positions(nested or row.dims[f.dim], f.axis, made.shape.axes))
     dims = (f.dim,) if nested is None else (0, f.dim)
     return along.reshape([size if dim in dims else 1 for dim, size in enumerate(row.shape(made.shape.axes))])
 

@@ -1,16 +1,24 @@
 """From a source's Hugging Face config to its cut's: the same, at the new sizes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shearling.axes.rotary import config_keeping
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
 
 
 def config_at(
-    family: Family, config: Mapping[str, Any], shape: Shape, *, layers: tuple[int, ...], dtype: str
+    family: Family,
+    config: Mapping[str, Any],
+    shape: Shape,
+    *,
+    layers: tuple[int, ...],
+    dtype: str,
+    rotary: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The config of the cut: `layers` are the source's layers that stay, `dtype` the weights' (torch's name).
+    """The config of the cut: `layers` are the source's layers that stay, `dtype` the weights' (torch's name), `rotary`
+    the entries of q and k that stay, if not all.
 
     What depends on no size is carried as it is. Sizes are written where they differ from what the config class would
     derive; lists with an entry per layer follow the kept layers.
@@ -27,6 +35,8 @@ def config_at(
     # A head_dim that was hidden_size / num_attention_heads need not be so any more.
     if "head_dim" in shape and family.setting({**result, "head_dim": None}, "head_dim") != shape["head_dim"]:
         result["head_dim"] = shape["head_dim"]
+    if rotary is not None:
+        result |= config_keeping(result, rotary, family.setting(config, "head_dim"))
     if "num_experts" in shape and family.setting(config, family.fixed["top_k"]) > shape["num_experts"]:
         result[family.key(config, family.fixed["top_k"])] = shape["num_experts"]
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -10,10 +10,10 @@ GEMMA3 = Family(
     embed  model.embed_tokens.weight                               vocab                   hidden                  scaled=hidden
     attention
     norm   model.layers.*.input_layernorm.weight                   hidden
-    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*head_dim  hidden                  bias=attention_bias
-    norm   model.layers.*.self_attn.q_norm.weight                  head_dim
-    read   model.layers.*.self_attn.k_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
-    norm   model.layers.*.self_attn.k_norm.weight                  head_dim
+    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*rotary    hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.q_norm.weight                  rotary
+    read   model.layers.*.self_attn.k_proj.weight                  kv_head*rotary          hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.k_norm.weight                  rotary
     read   model.layers.*.self_attn.v_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
     write  model.layers.*.self_attn.o_proj.weight                  hidden                  kv_head*group*head_dim  bias=attention_bias
     post   model.layers.*.post_attention_layernorm.weight          hidden
@@ -30,6 +30,7 @@ GEMMA3 = Family(
     norms=Normalisation(eps_attribute="eps", eps_key="rms_norm_eps", offset=1.0),
     cache="2*kv_head*head_dim",
     scores="2*kv_head*group*head_dim",
+    attention_scale="query_pre_attn_scalar",
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,

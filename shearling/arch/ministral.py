@@ -10,8 +10,8 @@ MINISTRAL = Family(
     embed  model.embed_tokens.weight                               vocab                   hidden
     attention
     norm   model.layers.*.input_layernorm.weight                   hidden
-    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*head_dim  hidden
-    read   model.layers.*.self_attn.k_proj.weight                  kv_head*head_dim        hidden
+    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*rotary    hidden
+    read   model.layers.*.self_attn.k_proj.weight                  kv_head*rotary          hidden
     read   model.layers.*.self_attn.v_proj.weight                  kv_head*head_dim        hidden
     write  model.layers.*.self_attn.o_proj.weight                  hidden                  kv_head*group*head_dim
     feed_forward
@@ -44,8 +44,8 @@ MINISTRAL3 = Family(
     embed  model.embed_tokens.weight                               vocab                   hidden
     attention
     norm   model.layers.*.input_layernorm.weight                   hidden
-    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*head_dim  hidden
-    read   model.layers.*.self_attn.k_proj.weight                  kv_head*head_dim        hidden
+    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*rotary    hidden
+    read   model.layers.*.self_attn.k_proj.weight                  kv_head*rotary          hidden
     read   model.layers.*.self_attn.v_proj.weight                  kv_head*head_dim        hidden
     write  model.layers.*.self_attn.o_proj.weight                  hidden                  kv_head*group*head_dim
     feed_forward

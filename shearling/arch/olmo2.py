@@ -9,10 +9,10 @@ OLMO2 = Family(
     embedding
     embed  model.embed_tokens.weight                               vocab                   hidden
     attention
-    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*head_dim  hidden                  bias=attention_bias
-    norm   model.layers.*.self_attn.q_norm.weight                  kv_head*group*head_dim
-    read   model.layers.*.self_attn.k_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
-    norm   model.layers.*.self_attn.k_norm.weight                  kv_head*head_dim
+    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*rotary    hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.q_norm.weight                  kv_head*group*rotary
+    read   model.layers.*.self_attn.k_proj.weight                  kv_head*rotary          hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.k_norm.weight                  kv_head*rotary
     read   model.layers.*.self_attn.v_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
     write  model.layers.*.self_attn.o_proj.weight                  hidden                  kv_head*group*head_dim  bias=attention_bias
     post   model.layers.*.post_attention_layernorm.weight          hidden
@@ -44,10 +44,10 @@ OLMO3 = Family(
     embedding
     embed  model.embed_tokens.weight                               vocab                   hidden
     attention
-    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*head_dim  hidden                  bias=attention_bias
-    norm   model.layers.*.self_attn.q_norm.weight                  kv_head*group*head_dim
-    read   model.layers.*.self_attn.k_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
-    norm   model.layers.*.self_attn.k_norm.weight                  kv_head*head_dim
+    read   model.layers.*.self_attn.q_proj.weight                  kv_head*group*rotary    hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.q_norm.weight                  kv_head*group*rotary
+    read   model.layers.*.self_attn.k_proj.weight                  kv_head*rotary          hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.k_norm.weight                  kv_head*rotary
     read   model.layers.*.self_attn.v_proj.weight                  kv_head*head_dim        hidden                  bias=attention_bias
     write  model.layers.*.self_attn.o_proj.weight                  hidden                  kv_head*group*head_dim  bias=attention_bias
     post   model.layers.*.post_attention_layernorm.weight          hidden

@@ -10,7 +10,7 @@ PHI3 = Family(
     embed  model.embed_tokens.weight                               vocab                   hidden
     attention
     norm   model.layers.*.input_layernorm.weight                   hidden
-    read   model.layers.*.self_attn.qkv_proj.weight                kv_head*group*head_dim+2*kv_head*head_dim hidden
+    read   model.layers.*.self_attn.qkv_proj.weight                kv_head*group*rotary+kv_head*rotary+kv_head*head_dim  hidden
     write  model.layers.*.self_attn.o_proj.weight                  hidden                  kv_head*group*head_dim
     feed_forward
     norm   model.layers.*.post_attention_layernorm.weight          hidden

@@ -21,8 +21,8 @@ QWEN2 = Family(
     embed  model.embed_tokens.weight                          vocab                   hidden
     attention
     norm   model.layers.*.input_layernorm.weight              hidden
-    read   model.layers.*.self_attn.q_proj.weight             kv_head*group*head_dim  hidden                  bias=always
-    read   model.layers.*.self_attn.k_proj.weight             kv_head*head_dim        hidden                  bias=always
+    read   model.layers.*.self_attn.q_proj.weight             kv_head*group*rotary    hidden                  bias=always
+    read   model.layers.*.self_attn.k_proj.weight             kv_head*rotary          hidden                  bias=always
     read   model.layers.*.self_attn.v_proj.weight             kv_head*head_dim        hidden                  bias=always
     write  model.layers.*.self_attn.o_proj.weight             hidden                  kv_head*group*head_dim
     feed_forward
@@ -58,11 +58,11 @@ QWEN3 = Family(
     embed  model.embed_tokens.weight                          vocab                   hidden
     attention
     norm   model.layers.*.input_layernorm.weight              hidden
-    read   model.layers.*.self_attn.q_proj.weight             kv_head*group*head_dim  hidden                  bias=attention_bias
-    read   model.layers.*.self_attn.k_proj.weight             kv_head*head_dim        hidden                  bias=attention_bias
+    read   model.layers.*.self_attn.q_proj.weight             kv_head*group*rotary    hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.q_norm.weight             rotary
+    read   model.layers.*.self_attn.k_proj.weight             kv_head*rotary          hidden                  bias=attention_bias
+    norm   model.layers.*.self_attn.k_norm.weight             rotary
     read   model.layers.*.self_attn.v_proj.weight             kv_head*head_dim        hidden                  bias=attention_bias
-    norm   model.layers.*.self_attn.q_norm.weight             head_dim
-    norm   model.layers.*.self_attn.k_norm.weight             head_dim
     write  model.layers.*.self_attn.o_proj.weight             hidden                  kv_head*group*head_dim  bias=attention_bias
     feed_forward
     norm   model.layers.*.post_attention_layernorm.weight     hidden

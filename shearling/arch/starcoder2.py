@@ -10,8 +10,8 @@ STARCODER2 = Family(
     embed  model.embed_tokens.weight                          vocab                   hidden
     attention
     norm   model.layers.*.input_layernorm.weight              hidden                                          bias=always
-    read   model.layers.*.self_attn.q_proj.weight             kv_head*group*head_dim  hidden                  bias=use_bias
-    read   model.layers.*.self_attn.k_proj.weight             kv_head*head_dim        hidden                  bias=use_bias
+    read   model.layers.*.self_attn.q_proj.weight             kv_head*group*rotary    hidden                  bias=use_bias
+    read   model.layers.*.self_attn.k_proj.weight             kv_head*rotary          hidden                  bias=use_bias
     read   model.layers.*.self_attn.v_proj.weight             kv_head*head_dim        hidden                  bias=use_bias
     write  model.layers.*.self_attn.o_proj.weight             hidden                  kv_head*group*head_dim  bias=use_bias
     feed_forward

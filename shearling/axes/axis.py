@@ -24,7 +24,8 @@ AXES: dict[str, Axis] = {
         Axis("layer"),
         Axis("kv_head", within=("layer",)),
         Axis("group", within=("layer", "kv_head")),
-        Axis("head_dim"),
+        Axis("head_dim", within=("layer", "kv_head")),
+        Axis("rotary"),
         Axis("intermediate", within=("layer",)),
         Axis("expert", within=("layer",)),
         Axis("moe_intermediate", within=("layer", "expert")),
@@ -32,17 +33,21 @@ AXES: dict[str, Axis] = {
     )
 }
 
-# The axes a mask can lie on. The others are cut by other means (vocab, head_dim) or not yet.
+# The axes a mask can lie on: all but vocab.
 MASKABLE = (
     "hidden",
     "layer",
     "kv_head",
     "group",
+    "head_dim",
+    "rotary",
     "intermediate",
     "expert",
     "moe_intermediate",
     "shared_intermediate",
 )
+# Axes that are as long as another, of which the config has one size for both: the entries of q and k, and those of v.
+FOLLOWS = {"rotary": "head_dim"}
 
 
 @dataclass(frozen=True)

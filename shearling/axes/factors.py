@@ -31,19 +31,19 @@ class Factor:
     axis: str
     dim: int | None
     part: Part = "soft"
-    power: int = 1
+    power: float = 1
     when: When = "always"
     output: bool = False
 
 
 def factors(family: Family, *, tied: bool) -> dict[Tensor, tuple[Factor, ...]]:
     """The factors of each row of the family's table, those without any left out."""
-    below = dict(_normalised(family))
+    below = dict(normalised(family))
     found = {row: tuple(_factors(row, family, tied, below.get(row))) for row in family.tensors}
     return {row: some for row, some in found.items() if some}
 
 
-def _normalised(family: Family) -> Iterator[tuple[Tensor, Tensor]]:
+def normalised(family: Family) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows whose product goes straight into a norm, biases with their weights, each with that norm."""
     above: list[Tensor] = []
     for row in family.tensors:
@@ -70,10 +70,15 @@ def _factors(row: Tensor, family: Family, tied: bool, below: Tensor | None) -> I
         yield from (Factor("hidden", dim=0), Factor("layer", dim=None))
         if not row.is_bias:
             yield Factor("hidden", dim=0, part="count", when="masked")
-    elif row.role == "read" and below is not None:
-        yield from (Factor(axis, _output(row), "support", when="masked") for axis in _maskable(below, 0))
+    elif row.role == "read":
+        counted = _maskable(row, _output(row)) if below is None else _maskable(below, 0)
+        axes = (axis for axis in counted if below is not None or axis == "rotary")
+        yield from (Factor(axis, _output(row), "support", when="masked") for axis in axes)
+        if below is None:
+            yield from _turned(row, _output(row), family)
     elif row.role == "norm":
         yield from _norm(row, family, tied)
+        yield from _turned(row, 0, family)
 
 
 def _written(row: Tensor, family: Family) -> Iterator[Factor]:
@@ -86,6 +91,12 @@ def _centre(row: Tensor, family: Family) -> Iterator[Factor]:
     """Where norms take the mean off, it must be the mean of what stays; the cut's own norms see to that."""
     if any(family.normalisation(norm).centred for norm in family.role("norm") if norm.stream is not None):
         yield Factor("hidden", row.stream, "centre", when="masked", output=row.role == "embed")
+
+
+def _turned(row: Tensor, dim: int, family: Family) -> Iterator[Factor]:
+    """Scores are divided by the root of head_dim: q and k make good a root each of what that loses at the cut."""
+    if "rotary" in row.dims[dim].axes() and not family.attention_scale:
+        yield Factor("rotary", dim, "count", power=0.5, when="cut")
 
 
 def _norm(row: Tensor, family: Family, tied: bool) -> Iterator[Factor]:

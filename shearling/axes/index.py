@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 from shearling.axes.axis import AXES, Dim
+from shearling.axes.rotary import selections
 from shearling.axes.shape import Shape
 
 
@@ -27,6 +28,11 @@ class Kept:
     @property
     def layers(self) -> tuple[int, ...]:
         return self.along("layer")
+
+    @property
+    def rotary(self) -> tuple[int, ...] | None:
+        """The entries of q and k that stay; None where all of them do."""
+        return self.along("rotary") if "rotary" in self.choices else None
 
     def counts(self) -> dict[str, int]:
         """Entries kept per axis. Raises ValueError where they differ from layer to layer."""
@@ -109,7 +115,8 @@ def kept_shape(source: Shape, kept: Kept) -> Shape:
 
 
 def select(scores: Mapping[str, Sequence[Any]], *, source: Shape, target: Shape) -> Kept:
-    """The entries with the highest scores along each axis that must shrink, the first of equals.
+    """The entries with the highest scores along each axis that must shrink, the first of equals; of q's and k's entries
+    the choice with the highest sum.
 
     `scores` are nested as masks are, [*within, size]. Within an axis the choice is made where its outer axes stay.
     """
@@ -121,7 +128,13 @@ def select(scores: Mapping[str, Sequence[Any]], *, source: Shape, target: Shape)
             along = scores[axis]
             for outer in place:
                 along = along[outer]
-            best = sorted(range(len(along)), key=lambda i: (-along[i], i))[: wanted[axis]]
-            choices[place] = tuple(sorted(best))
+            choices[place] = best(axis, along, wanted[axis], source.rotary)
         kept = Kept({**kept.choices, axis: choices}, axes)
     return kept
+
+
+def best(axis: str, scores: Sequence[Any], kept: int, rotary: Sequence[str]) -> tuple[int, ...]:
+    """The `kept` entries of one place with the highest scores, ascending; along `rotary` the choice of its ways."""
+    if axis == "rotary":
+        return max(selections(rotary, len(scores), kept), key=lambda chosen: sum(scores[i] for i in chosen))
+    return tuple(sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:kept]))

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shearling.axes.axis import Dim
+from shearling.axes.axis import FOLLOWS, Dim
+from shearling.axes.rotary import ways
 from shearling.axes.spec import Family
 from shearling.errors import UserError
 
@@ -28,12 +29,13 @@ del UNGROUPED["num_key_value_heads"]
 class Shape(Mapping[str, int]):
     """Sizes by their standard names, in the order of KEYS, those that the model has; immutable.
 
-    `fixed` are the family's sizes that are never cut, by the words that dims have for them.
+    `fixed` are the family's sizes that are never cut, by the words that dims have for them; `rotary` how entries of the
+    axis of that name may be chosen (axes/rotary.py), empty where there is none.
     """
 
-    def __init__(self, sizes: Mapping[str, int], fixed: Mapping[str, int] | None = None):
+    def __init__(self, sizes: Mapping[str, int], fixed: Mapping[str, int] | None = None, rotary: tuple[str, ...] = ()):
         self._sizes = {key: int(sizes[key]) for key in KEYS if key in sizes}
-        self.fixed = dict(fixed or {})
+        self.fixed, self.rotary = dict(fixed or {}), rotary
 
     def __getitem__(self, key: str) -> int:
         return self._sizes[key]
@@ -64,11 +66,17 @@ class Shape(Mapping[str, int]):
             *known, last = dim.axes()
             if last not in sizes:
                 sizes[last] = self[key] // Dim((tuple(known),)).size(sizes)
+        if self.rotary:
+            sizes |= {axis: sizes[other] for axis, other in FOLLOWS.items()}
         return {**sizes, **self.fixed}
 
     def at(self, sizes: Mapping[str, int]) -> "Shape":
         """The same kind of model with these entries per axis."""
-        return Shape({key: dim.size(sizes) for key, dim in self.dims.items()}, self.fixed)
+        return self.of({key: dim.size(sizes) for key, dim in self.dims.items()})
+
+    def of(self, sizes: Mapping[str, int]) -> "Shape":
+        """The same kind of model with these sizes."""
+        return Shape(sizes, self.fixed, self.rotary)
 
 
 def keys_of(family: Family, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -98,7 +106,7 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> Shape:
             change="mend config.json",
         )
     fixed = {word: int(family.value(config, expression)) for word, expression in family.fixed.items()}
-    return Shape(sizes, fixed)
+    return Shape(sizes, fixed, ways(config) if "rotary" in family.axes else ())
 
 
 def _size(family: Family, config: Mapping[str, Any], key: str) -> int:

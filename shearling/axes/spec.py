@@ -36,6 +36,7 @@ class Family:
     norms: Normalisation | Mapping[str, Normalisation]  # one, or by the name that a row's `norm=` gives
     cache: str  # a dim: what one token adds to one layer's KV-cache
     scores: str  # a dim: multiply-adds per token, layer and position attended to
+    attention_scale: str = ""  # the key of a constant that scores are scaled by; empty: 1 / sqrt(head_dim)
     attends: str = ""  # the kind of the layers that have a cache and scores; empty: all
     names: Mapping[str, str] = field(default_factory=dict)  # a size's standard name -> this config's key for it
     fixed: Mapping[str, Any] = field(default_factory=dict)  # words of dims that are never cut -> expressions

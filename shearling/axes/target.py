@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shearling.axes.rotary import selections, unturnable
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
 from shearling.errors import UserError, nearest, raise_all
@@ -13,7 +14,6 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 EXPERTS_ROW_BYTES = 16  # of torch's grouped_mm
 
 UNCUT = {  # axes that nothing here can cut yet, and what to say of them
-    "head_dim": "cutting head_dim is not supported yet: leave it out",
     "vocab": "cutting the vocabulary is not supported yet: leave it out",
 }
 
@@ -54,9 +54,9 @@ def resolve_target(
     sizes = _filled(family, source, wanted)
     rules = list(_rules(family, source))
     raise_all([_broken(rule, rules, family, source, wanted) for rule in rules if not rule.holds(sizes)])
-    target = Shape(sizes, source.fixed)
+    target = source.of(sizes)
     raise_all([_bound(axis, reasons[axis], source) for axis in reasons if _moves(axis, source, target)])
-    raise_all(list(_misaligned(family, source, target, config or {})))
+    raise_all([*_misaligned(family, source, target, config or {}), *_unturned(source, target)])
     followers = (key for key in source if sizes[key] != {**source, **wanted}[key])
     notes = [f"{key} follows {_leader(key, wanted)}: {sizes[key]}" for key in followers]
     if sizes.get("num_experts", source.fixed.get("top_k", 0)) < source.fixed.get("top_k", 0):
@@ -77,6 +77,22 @@ def _misaligned(family: Family, source: Shape, target: Shape, config: Mapping[st
             yield UserError(
                 f"target {key}", found=size, expected=expected, change=f"choose {key}={_closest(size, valid)}"
             )
+
+
+def _unturned(source: Shape, target: Shape) -> Iterator[UserError]:
+    """A head_dim of which no choice of q's and k's entries has frequencies that a config can say."""
+
+    def turns(size: int) -> bool:
+        return any(selections(source.rotary, source["head_dim"], size))
+
+    if source.rotary and target["head_dim"] != source["head_dim"] and not turns(target["head_dim"]):
+        size = source["head_dim"]
+        valid = [n for n in range(1, size + 1) if n == size or turns(n)]
+        expected = (
+            "an even number" if "prefix" in source.rotary else f"an even divisor of {size}: no rope_theta in config"
+        )
+        change = f"choose head_dim={_closest(target['head_dim'], valid)}"
+        yield UserError("target head_dim", found=target["head_dim"], expected=expected, change=change)
 
 
 def _standard(family: Family, source: Shape, wanted: Mapping[str, int]) -> dict[str, int]:
@@ -103,6 +119,10 @@ def _standard(family: Family, source: Shape, wanted: Mapping[str, int]) -> dict[
 def uncut(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
     """Axes along which this model can't be cut, and why."""
     found = dict(UNCUT)
+    if "rotary" not in family.axes:
+        found["head_dim"] = f"the table of {family.name} doesn't keep entries of q and k apart from those of v"
+    elif reason := unturnable(config):
+        found |= {"head_dim": reason, "rotary": reason}
     for words, reason in family.uncut.items():
         axis, _, flag = words.partition(" if ")
         if not flag or family.setting(config, flag):

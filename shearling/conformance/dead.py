@@ -19,6 +19,7 @@ from shearling.conformance.finding import Finding
 from shearling.conformance.model import Small, relative
 from shearling.conformance.targets import Unit, random_cut
 from shearling.cut.extract import Cut
+from shearling.cut.fold import spread_over
 from shearling.cut.importance import measure
 
 # Where a norm loses entries, its epsilon weighs more among those left, which no factor makes good at every token: so
@@ -89,7 +90,7 @@ def _along(made: Small, row: Row, factor: Factor, mask: Tensor, layer: int | Non
     if factor.dim is None:
         return mask
     nested = row.nested(factor.dim)
-    spread = mask.reshape(-1)[torch.tensor(positions(nested or row.dims[factor.dim], factor.axis, made.shape.axes))]
+    spread = spread_over(mask, positions(nested or row.dims[factor.dim], factor.axis, made.shape.axes))
     along = (factor.dim,) if nested is None else (0, factor.dim)
     shape = row.shape(made.shape.axes)
     return spread.reshape([size if dim in along else 1 for dim, size in enumerate(shape)])

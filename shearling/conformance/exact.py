@@ -76,4 +76,5 @@ def cut_model(made: Small, cut: Cut) -> Any:
 
 def config_of(cut: Cut) -> dict[str, Any]:
     """The raw config of a cut in fp32."""
-    return config_at(cut.family, cut.config, cut.shape, layers=cut.kept.layers, dtype="float32")
+    kept = cut.kept
+    return config_at(cut.family, cut.config, cut.shape, layers=kept.layers, dtype="float32", rotary=kept.rotary)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shearling.arch.file import digest
-from shearling.axes.axis import MASKABLE
+from shearling.axes.axis import FOLLOWS, MASKABLE
 from shearling.axes.spec import Family
 from shearling.conformance.terms import terms
 
@@ -105,7 +105,8 @@ def _types(family: Family) -> str:
 def _axes(family: Family, proofs: Proofs) -> str:
     """The axes proved for all of a family's types."""
     proved = [set(proofs.get(model_type, {}).get("axes", ())) for model_type in family.model_types]
-    return ", ".join(axis for axis in MASKABLE if all(axis in axes for axes in proved)) or "not proved yet"
+    shown = (axis for axis in MASKABLE if axis not in FOLLOWS and all(axis in axes for axes in proved))
+    return ", ".join(shown) or "not proved yet"
 
 
 def _range(family: Family, proofs: Proofs) -> str:

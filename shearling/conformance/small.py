@@ -121,6 +121,8 @@ def _base(family: Family, model_type: str) -> dict[str, Any]:
     config |= {key: LOGITS[how] for how, key in family.logits.items()}
     config |= {key: _shrunk(default[key]) for key in _fixed(family) if isinstance(default.get(key), int)}
     config |= {rule.key: default.get(rule.key) for rule in family.layer_rules if not rule.at}
+    if "rotary" in family.axes:  # said, since a theta that the class fills in can't be changed
+        config["rope_parameters"] = default["rope_parameters"]
     if "sliding_window" in own:
         config["sliding_window"] = WINDOW
     if "num_experts_per_tok" in own:

@@ -1,11 +1,12 @@
 """One tensor of the cut: its kept entries, with everything folded in that axes/factors.py says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from shearling.axes.axis import is_per_layer
+from shearling.axes.axis import is_per_layer, mask_shape
 from shearling.axes.factors import Factor
 from shearling.axes.index import Kept, positions
 from shearling.axes.table import Tensor as Row
@@ -55,14 +56,21 @@ def fold_factors(
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
     for factor in mine:
         if factor.part == "count":
-            weight = weight * (kept.counts()[factor.axis] / kept.source[factor.axis]) ** (0.5 * factor.power)
-            continue
-        vector = _along(row, factor, kept, masks[factor.axis], layer).to(weight.dtype) ** factor.power
+            share = (kept.counts()[factor.axis] / kept.source[factor.axis]) ** (0.5 * factor.power)
+            even = torch.full(mask_shape(factor.axis, kept.source), share)
+            vector = torch.tensor(share) if factor.dim is None else _along(row, factor, kept, even, layer)
+        else:
+            vector = _along(row, factor, kept, masks[factor.axis], layer).to(weight.dtype) ** factor.power
         if factor.dim is not None:
             along = (factor.dim,) if row.nested(factor.dim) is None else (0, factor.dim)
             vector = vector.reshape([weight.shape[dim] if dim in along else 1 for dim in range(weight.dim())])
         weight = weight * vector
     return weight - offset
+
+
+def spread_over(mask: Tensor, where: Sequence[int] | Tensor) -> Tensor:
+    """A mask's values, flattened, at `positions` of a dim: 1 where these are -1, entries that it says nothing of."""
+    return functional.pad(mask.reshape(-1), (0, 1), value=1.0)[torch.as_tensor(where)]
 
 
 def _along(row: Row, factor: Factor, kept: Kept, mask: Tensor, layer: int | None) -> Tensor:
@@ -74,6 +82,6 @@ def _along(row: Row, factor: Factor, kept: Kept, mask: Tensor, layer: int | None
     if factor.dim is None:
         return mask
     dim = row.nested(factor.dim) or row.dims[factor.dim]
-    spread = mask.reshape(-1)[torch.tensor(positions(dim, factor.axis, kept.source))]
+    spread = spread_over(mask, positions(dim, factor.axis, kept.source))
     index = kept.rows(dim, layer)
     return spread if index is None else spread[torch.tensor(index)]

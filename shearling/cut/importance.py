@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shearling.axes.axis import MASKABLE, mask_shape
+from shearling.axes.axis import MASKABLE, Dim, mask_shape
+from shearling.axes.factors import normalised
 from shearling.axes.index import Kept, positions
 from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
@@ -97,6 +98,8 @@ def measure(model: nn.Module, family: Family, *, config: Mapping[str, Any], batc
     for row, layer in rows:
         if row.role == "write" and row.input is not None and not row.stacked:
             _inner_scores(row, layer, sizes, seen, weights, scores)
+    if "rotary" in sizes:
+        scores["rotary"] = _rotary_scores(family, rows, sizes, seen)
     for stack in experts:
         scores["expert"][stack.layer], scores["moe_intermediate"][stack.layer] = stack.scores()
     for layer in range(sizes["layer"]):
@@ -107,6 +110,12 @@ def measure(model: nn.Module, family: Family, *, config: Mapping[str, Any], batc
         if _runs_over_a_cut_axis(row)
     }
     return Importance(scores, norms)
+
+
+def _is_turned(row: Row, family: Family) -> bool:
+    """Whether what a row gives has rotary positions put on it, by the name of the axis; no norm comes before."""
+    over = row.dims[0] if row.role == "norm" else row.dims[row.output] if row.output is not None else None
+    return over is not None and not row.is_bias and "rotary" in over.axes() and row not in dict(normalised(family))
 
 
 def _runs_over_a_cut_axis(row: Row) -> bool:
@@ -146,6 +155,13 @@ def _watch(
                 seen.add(name, args[0].float().square())
 
             yield model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(squared)
+    for row, layer in rows:
+        if _is_turned(row, family):
+
+            def turned(_: nn.Module, args: Any, output: Tensor, name: str = row.at(layer)) -> None:
+                seen.add(f"turned {name}", output.float().square())
+
+            yield model.get_submodule(row.at(layer).removesuffix(".weight")).register_forward_hook(turned)
     for layer in range(sizes["layer"]):
 
         def influence(_: nn.Module, args: tuple[Tensor, ...], output: Any, layer: int = layer) -> None:
@@ -183,6 +199,25 @@ def _squares(weight: Tensor, dim: int | None) -> Tensor:
     """Sums of a weight's squares over all of its dims but one."""
     assert dim is not None
     return weight.float().square().sum([d for d in range(weight.dim()) if d != dim]).double().cpu()
+
+
+def _rotary_scores(
+    family: Family, rows: list[tuple[Row, int | None]], sizes: dict[str, int], seen: _Collector
+) -> Tensor:
+    """An entry's mean square in q, by that in k, both over all heads; each layer counts alike. [head_dim]"""
+    found: dict[int | None, list[Tensor]] = {}
+    for row, layer in rows:
+        if _is_turned(row, family):
+            dim = row.dims[0 if row.output is None else row.output]
+            where = torch.tensor(positions(dim, "rotary", sizes))
+            products = torch.tensor([n for n, p in enumerate(dim.products) for _ in range(Dim((p,)).size(sizes))])
+            squares = seen.mean(f"turned {row.at(layer)}")
+            for product in products[where >= 0].unique():  # q and k may be one tensor
+                mine = (products == product) & (where >= 0)
+                total = torch.zeros(sizes["rotary"], dtype=squares.dtype).index_add(0, where[mine], squares[mine])
+                found.setdefault(layer, []).append(total)
+    views = [torch.stack(parts).prod(0) for parts in found.values()]
+    return torch.stack([view / view.sum().clamp(min=torch.finfo(view.dtype).tiny) for view in views]).sum(0)
 
 
 def _inner_scores(

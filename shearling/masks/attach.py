@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor, factors
@@ -31,7 +32,8 @@ class Share:
         value: Tensor | None = None
         for axis, layer, where in self.parts:
             mask = masks[axis] if layer is None else masks[axis][layer]
-            entry = mask if where is None else mask.reshape(-1)[where]
+            # Of entries that the axis says nothing of, at -1, a 1 that stands behind all others.
+            entry = mask if where is None else functional.pad(mask.reshape(-1), (0, 1), value=1.0)[where]
             value = entry if value is None else value * entry
         assert value is not None
         return value.expand(self.entries)
@@ -200,7 +202,6 @@ class Attached:
             where = None
             if factor.dim is not None:
                 entries = positions(row.nested(dim) or row.dims[dim], factor.axis, self.sizes)
-                assert min(entries) >= 0, (row.name, factor.axis)
                 where = torch.tensor(entries, device=self.device)
             parts.append((factor.axis, chosen, where))
         return Share(tuple(parts), (row.nested(dim) or row.dims[dim]).size(self.sizes))

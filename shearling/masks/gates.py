@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shearling.axes.axis import MASKABLE, mask_shape
-from shearling.axes.index import Kept, places, select
+from shearling.axes.axis import FOLLOWS, MASKABLE, mask_shape
+from shearling.axes.index import Kept, best, places, select
 from shearling.axes.shape import Shape
 from shearling.masks.hard_concrete import KEPT_MIN
 
@@ -31,19 +31,24 @@ class Miss:
 class Gates(nn.Module, ABC):
     """`location` by axis, [*within, size], for the axes on which `target` is smaller than `source`.
 
-    The higher the likelier to stay. Entries that `closed` marks, [*within, size], are shut and stay so.
+    The higher the likelier to stay. Entries that `closed` marks, [*within, size], are shut and stay so. `axes` are all
+    that masks lie on. Those in `settled` have nothing to learn: which entries of q and k stay is one of a few choices
+    for all heads, and is made before the first step, by the highest start.
     """
 
     def __init__(self, source: Shape, target: Shape, *, start: Mapping[str, Tensor], closed: Mapping[str, Tensor]):
         super().__init__()
         self.source, self.target = source, target
         self.axes = cut_axes(source, target)
-        self.location = nn.ParameterDict({a: nn.Parameter(start[a].detach().clone().float()) for a in self.axes})
-        self.closed = nn.ParameterDict({a: nn.Parameter(closed[a], requires_grad=False) for a in self.axes})
+        self.learned = tuple(axis for axis in self.axes if axis not in FOLLOWS)
+        self.location = nn.ParameterDict({a: nn.Parameter(start[a].detach().clone().float()) for a in self.learned})
+        self.closed = nn.ParameterDict({a: nn.Parameter(closed[a], requires_grad=False) for a in self.learned})
+        settled = {a: _support(start[a], a, source, target) for a in self.axes if a in FOLLOWS}
+        self.settled = nn.ParameterDict({a: nn.Parameter(mask, requires_grad=False) for a, mask in settled.items()})
 
     @abstractmethod
     def draw(self, step: int) -> dict[str, Tensor]:
-        """The masks of one training step."""
+        """The masks of one training step, of all axes."""
 
     @abstractmethod
     def support(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
@@ -76,14 +81,15 @@ class Gates(nn.Module, ABC):
     @torch.no_grad()
     def kept(self) -> Kept:
         """The highest entries, exactly as many as the target asks along each axis; closed ones last of all."""
-        scores = {axis: self.location[axis].masked_fill(self.closed[axis], -torch.inf).tolist() for axis in self.axes}
-        return select(scores, source=self.source, target=self.target)
+        scores = {a: self.location[a].masked_fill(self.closed[a], -torch.inf).tolist() for a in self.learned}
+        settled = {axis: mask.tolist() for axis, mask in self.settled.items()}
+        return select({**scores, **settled}, source=self.source, target=self.target)
 
     @torch.no_grad()
     def masks(self, kept: Kept) -> dict[str, Tensor]:
         """Soft values of at least KEPT_MIN on the kept entries, exact zeros on all others."""
-        masks = {}
-        for axis in self.axes:
+        masks = {axis: mask.detach().clone() for axis, mask in self.settled.items()}
+        for axis in self.learned:
             soft = self.soft_values(axis).clamp(min=KEPT_MIN)
             mask = torch.zeros(mask_shape(axis, self.source.axes), device=soft.device)
             for place in places(axis, kept):
@@ -95,13 +101,19 @@ class Gates(nn.Module, ABC):
     @torch.no_grad()
     def misses(self, kept: Kept) -> list[Miss]:
         """Where the gates' own choice isn't the target's number, in what is kept of the axes outside."""
-        counts = {axis: self.opened(axis).sum(-1) for axis in self.axes}
+        counts = {axis: self.opened(axis).sum(-1) for axis in self.learned}
         found = (
             Miss(axis, place, int(counts[axis][place]), self.target.axes[axis])
-            for axis in self.axes
+            for axis in self.learned
             for place in places(axis, kept)
         )
         return [miss for miss in found if miss.open != miss.target]
+
+
+def _support(scores: Tensor, axis: str, source: Shape, target: Shape) -> Tensor:
+    """1 on the entries of an axis that nothing encloses which these scores [size] keep, 0 elsewhere."""
+    kept = best(axis, scores.tolist(), target.axes[axis], source.rotary)
+    return torch.zeros(source.axes[axis]).index_fill(0, torch.tensor(kept), 1.0)
 
 
 def cut_axes(source: Shape, target: Shape) -> tuple[str, ...]:

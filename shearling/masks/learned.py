@@ -38,4 +38,4 @@ class LearnedMasks:
     def metrics(self) -> dict[str, float]:
         """By axis, the expected number of entries kept, on average over its places."""
         gates = self.gates
-        return {f"expected_{axis}": float(gates.expected(axis, self.step).detach().mean()) for axis in gates.axes}
+        return {f"expected_{axis}": float(gates.expected(axis, self.step).detach().mean()) for axis in gates.learned}

@@ -32,7 +32,7 @@ class HardConcreteGates(Gates):
     ):
         super().__init__(source, target, start=start, closed=closed)
         self.slide, self.options, self.seed = slide, options, seed
-        zeros = {axis: torch.zeros(self.location[axis].shape[:-1]) for axis in self.axes}
+        zeros = {axis: torch.zeros(self.location[axis].shape[:-1]) for axis in self.learned}
         self.linear = nn.ParameterDict({axis: nn.Parameter(zero.clone()) for axis, zero in zeros.items()})
         self.quadratic = nn.ParameterDict({a: nn.Parameter(zero + options.quadratic) for a, zero in zeros.items()})
 
@@ -43,8 +43,8 @@ class HardConcreteGates(Gates):
     def draw(self, step: int) -> dict[str, Tensor]:
         """By noise that follows from (seed, step) alone, drawn on the CPU so that it is the same on any device."""
         generator = torch.Generator().manual_seed(hard_concrete.noise_seed(self.seed, step))
-        masks = {}
-        for axis in self.axes:
+        masks = {axis: mask.clone() for axis, mask in self.settled.items()}
+        for axis in self.learned:
             log_alpha = self.log_alpha(axis)
             uniform = torch.rand(log_alpha.shape, generator=generator).to(log_alpha.device)
             masks[axis] = hard_concrete.sample(log_alpha, uniform=uniform)
@@ -72,7 +72,7 @@ class HardConcreteGates(Gates):
                 linear=self.linear[axis],
                 quadratic=self.quadratic[axis],
             )
-            for axis in self.axes
+            for axis in self.learned
         ]
         return torch.stack(terms).sum()
 
@@ -136,7 +136,7 @@ class SoftTopKGates(Gates):
         return soft_topk(self.scores(axis), k=k, temperature=self.temperature(step))
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        return {axis: self.values(axis, step) for axis in self.axes}
+        return {**self.settled, **{axis: self.values(axis, step) for axis in self.learned}}
 
     def support(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The masks themselves, whose sum is the target's number now.

@@ -6,7 +6,7 @@ from typing import Any
 from shearling.arch import family_of
 from shearling.arch.config import max_positions
 from shearling.arch.file import given
-from shearling.axes.axis import AXES
+from shearling.axes.axis import AXES, FOLLOWS
 from shearling.axes.cost import memory_bytes
 from shearling.axes.count import cache_bytes_per_token, flops_per_token, parameters, parameters_by_group
 from shearling.axes.shape import shape_of
@@ -29,7 +29,7 @@ def inspect(model: str, *, arch: str | None = None) -> dict[str, Any]:
     family = family_of(config, given(path, arch))
     shape = shape_of(family, config)
     context = max_positions(config)
-    axes = {axis: size for axis, size in shape.axes.items() if axis in AXES}
+    axes = {axis: size for axis, size in shape.axes.items() if axis in AXES and axis not in FOLLOWS}
     reasons = uncut(family, config)
     return {
         "model": model,

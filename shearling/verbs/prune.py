@@ -139,6 +139,7 @@ class Pruning:
             self.folder,
             shape=self.target,
             layers=cut.kept.layers,
+            rotary=cut.kept.rotary,
             dtype=self.asked.dtype,
             tensor=lambda row, layer: cut.tensor(row, layer, read),
         )

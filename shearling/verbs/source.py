@@ -1,7 +1,7 @@
 """A model that a verb works on: its folder, and what its config and headers say, checked before anything is read."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -117,14 +117,15 @@ class Source:
         layers: tuple[int, ...],
         dtype: str | None,
         tensor: Callable[[Row, int | None], torch.Tensor],
+        rotary: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """A model of this one's making as a model folder, in `dtype` or else the source's; gives its config.
 
-        `layers` are the source's that it has, `tensor` gives its rows.
+        `layers` and `rotary` are the source's layers and entries of q and k that it has, `tensor` gives its rows.
         """
         chosen = getattr(torch, dtype) if dtype else self.dtype
         name = str(chosen).removeprefix("torch.")
-        config = config_at(self.family, self.config, shape, layers=layers, dtype=name)
+        config = config_at(self.family, self.config, shape, layers=layers, dtype=name, rotary=rotary)
         save_model(folder, family=self.family, config=config, shape=shape, dtype=chosen, tensor=tensor)
         carry(self.folder, folder)
         if self.own_family:

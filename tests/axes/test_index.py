@@ -13,15 +13,19 @@ from shearling.axes.count import expected_parameters, parameters
 from shearling.axes.index import Kept, kept_shape, places, positions, select
 from shearling.axes.shape import KEYS, Shape
 
-SIZES = st.fixed_dictionaries({axis: st.integers(1, 4) for axis in AXES})
+SIZES = st.fixed_dictionaries(
+    {axis: st.integers(1, 4) for axis in AXES if axis not in ("head_dim", "rotary")}
+    | {"head_dim": st.sampled_from([2, 4, 6, 8])}
+).map(lambda sizes: {**sizes, "rotary": sizes["head_dim"]})
 
 
 @st.composite
 def products(draw: Any) -> tuple[str | int, ...]:
     """Axes in an order in which outer ones come first, each once, constants between them."""
-    axes = draw(st.lists(st.sampled_from(["kv_head", "hidden", "head_dim", "intermediate", "vocab"]), unique=True))
-    if "kv_head" in axes and draw(st.booleans()):
-        axes.insert(draw(st.integers(axes.index("kv_head") + 1, len(axes))), "group")
+    axes = draw(st.lists(st.sampled_from(["kv_head", "hidden", "rotary", "intermediate", "vocab"]), unique=True))
+    for inner in ("group", "head_dim"):
+        if "kv_head" in axes and draw(st.booleans()):
+            axes.insert(draw(st.integers(axes.index("kv_head") + 1, len(axes))), inner)
     factors: list[str | int] = list(axes)
     for _ in range(draw(st.integers(0, 2))):
         factors.insert(draw(st.integers(0, len(factors))), draw(st.integers(1, 3)))
@@ -32,7 +36,8 @@ DIMS = st.lists(products(), min_size=1, max_size=3).map(lambda found: Dim(tuple(
 
 
 def shape(sizes: dict[str, int]) -> Shape:
-    return Shape({key: dim.size(sizes) for key, dim in KEYS.items() if sizes.keys() >= set(dim.axes())})
+    found = {key: dim.size(sizes) for key, dim in KEYS.items() if sizes.keys() >= set(dim.axes())}
+    return Shape(found, rotary=("prefix", "stride"))
 
 
 def nested(dims: tuple[int, ...], value: Any) -> Any:
@@ -43,6 +48,7 @@ def nested(dims: tuple[int, ...], value: Any) -> Any:
 def cuts(draw: Any) -> tuple[Kept, Shape]:
     source = draw(SIZES)
     smaller = {axis: draw(st.integers(1, size)) if axis in MASKABLE else size for axis, size in source.items()}
+    smaller["head_dim"] = smaller["rotary"] = 2 * draw(st.integers(1, source["head_dim"] // 2))
     random = draw(st.randoms(use_true_random=False))
     scores = {axis: nested(mask_shape(axis, source), random.random) for axis in MASKABLE}
     return select(scores, source=shape(source), target=shape(smaller)), shape(smaller)
@@ -113,7 +119,16 @@ def test_expected_size_at_0_and_1_is_the_count_of_the_cut(
 def test_expected_size_by_hand() -> None:
     """Two neurons at 1/2 and 1/4 of one layer at 1/2: a Mistral's feed-forward weights, weighed."""
     config = {"model_type": "mistral", "tie_word_embeddings": True}
-    sizes = {"vocab": 3, "hidden": 2, "layer": 1, "kv_head": 1, "group": 1, "head_dim": 1, "intermediate": 2}
+    sizes = {
+        "vocab": 3,
+        "hidden": 2,
+        "layer": 1,
+        "kv_head": 1,
+        "group": 1,
+        "head_dim": 1,
+        "rotary": 1,
+        "intermediate": 2,
+    }
     found = expected_parameters(family_of(config), config, sizes, {"layer": [0.5], "intermediate": [[0.5, 0.25]]})
     attention, norms, neurons = 4 * 2, 2 * 2, 3 * 0.75 * 2
     assert found == 3 * 2 + 2 + 0.5 * (attention + norms + neurons)
@@ -147,6 +162,6 @@ def test_a_sum_of_products_lies_one_after_the_other() -> None:
     dim = Dim.parse("kv_head*2*head_dim+kv_head")
     sizes = {**dict.fromkeys(AXES, 1), "kv_head": 2, "head_dim": 2}
     assert positions(dim, "kv_head", sizes) == [0, 0, 0, 0, 1, 1, 1, 1, 0, 1]
-    assert positions(dim, "head_dim", sizes) == [0, 1, 0, 1, 0, 1, 0, 1, -1, -1]
+    assert positions(dim, "head_dim", sizes) == [0, 1, 0, 1, 2, 3, 2, 3, -1, -1]
     kept = Kept({"kv_head": {(0,): (1,)}}, sizes)
     assert kept.rows(dim, 0) == [4, 5, 6, 7, 9]

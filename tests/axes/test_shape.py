@@ -19,7 +19,8 @@ SOURCE = Shape(
         "head_dim": 64,
         "intermediate_size": 1536,
         "vocab_size": 49152,
-    }
+    },
+    rotary=("stride",),
 )
 
 
@@ -36,6 +37,7 @@ def test_axes_of_a_shape() -> None:
         "kv_head": 3,
         "group": 3,
         "head_dim": 64,
+        "rotary": 64,
         "intermediate": 1536,
         "vocab": 49152,
     }
@@ -77,7 +79,10 @@ def test_all_mistakes_are_told_at_once() -> None:
         ({"hidden_size": 0}, "found 0; expected 1 to 576"),
         ({"num_hidden_layers": -1}, "found -1; expected 1 to 30"),
         ({"vocab_size": 100}, "cutting the vocabulary is not supported yet"),
-        ({"head_dim": 32}, "cutting head_dim is not supported yet"),
+        (
+            {"head_dim": 33},
+            "found 33; expected an even divisor of 64: no rope_theta in config; choose head_dim=32 or 64",
+        ),
         ({"num_attention_heads": 7}, "found 7 on num_key_value_heads=3; expected 1 to 3 heads for each kv head"),
         ({"num_attention_heads": 7}, "choose num_attention_heads=6 or 9"),
         ({"num_key_value_heads": 2}, "found 9 on num_key_value_heads=2"),

@@ -11,8 +11,8 @@ TABLE = """
     embed  embed.weight                vocab   hidden
     block
     norm   blocks.*.first.weight       hidden
-    read   blocks.*.qkv.weight         kv_head*group*head_dim+2*kv_head*head_dim  hidden  bias=qkv_bias disk=h.*.c_attn
-    norm   blocks.*.q_norm.weight      head_dim
+    read   blocks.*.qkv.weight kv_head*group*rotary+kv_head*rotary+kv_head*head_dim hidden bias=qkv_bias disk=h.*.c_attn
+    norm   blocks.*.q_norm.weight      rotary
     write  blocks.*.out.weight         hidden  kv_head*group*head_dim  bias=always
     norm   blocks.*.second.weight      hidden
     read   blocks.*.up.weight          intermediate  hidden
@@ -63,13 +63,15 @@ class TestDim:
 
     def test_masks_nest_as_their_axes_lie(self):
         sizes = {"vocab": 2, "hidden": 3, "layer": 5, "kv_head": 7, "group": 11, "head_dim": 13, "intermediate": 17}
-        sizes |= {"expert": 19, "moe_intermediate": 23, "shared_intermediate": 29}
+        sizes |= {"rotary": 13, "expert": 19, "moe_intermediate": 23, "shared_intermediate": 29}
         shapes = {axis: mask_shape(axis, sizes) for axis in MASKABLE}
         assert shapes == {
             "hidden": (3,),
             "layer": (5,),
             "kv_head": (5, 7),
             "group": (5, 7, 11),
+            "head_dim": (5, 7, 13),
+            "rotary": (13,),
             "intermediate": (5, 17),
             "expert": (5, 19),
             "moe_intermediate": (5, 19, 23),
@@ -224,8 +226,14 @@ class TestFactors:
         assert found == {
             "embed.weight": (Factor("hidden", dim=1, output=True),),
             "blocks.*.first.weight": (COUNT,),
+            "blocks.*.qkv.weight": (Factor("rotary", 0, "support", when="masked"),),
+            "blocks.*.qkv.bias": (Factor("rotary", 0, "support", when="masked"),),
+            "blocks.*.q_norm.weight": (
+                Factor("rotary", 0, "count", when="masked"),
+                Factor("rotary", 0, "count", power=0.5, when="cut"),
+            ),
             "blocks.*.second.weight": (COUNT,),
-            "blocks.*.out.weight": (*RESIDUAL, Factor("kv_head", dim=1), Factor("group", dim=1)),
+            "blocks.*.out.weight": (*RESIDUAL, *(Factor(axis, dim=1) for axis in ("kv_head", "group", "head_dim"))),
             "blocks.*.out.bias": RESIDUAL,
             "blocks.*.down.weight": (*RESIDUAL, Factor("intermediate", dim=1)),
             "last.weight": (COUNT,),
@@ -257,7 +265,7 @@ class TestFactors:
                 assert axes == ["hidden"]
             else:
                 assert axes == [], f"{tensor.name} is read, so what feeds it has the mask already"
-        for axis in made.axes.intersection(MASKABLE):
+        for axis in made.axes.intersection(MASKABLE) - {"rotary"}:  # of which only the support counts
             assert any(factor.axis == axis for some in soft.values() for factor in some)
 
     @pytest.mark.parametrize("made", families(), ids=lambda made: made.name)
@@ -266,7 +274,9 @@ class TestFactors:
         for tensor in made.role("norm"):
             counts = [factor for factor in found.get(tensor, ()) if factor.part == "count"]
             over = () if tensor.is_bias else (axis for axis in tensor.dims[0].axes() if axis in MASKABLE)
-            assert counts == [Factor(axis, dim=0, part="count", when="masked") for axis in over]
+            assert [f for f in counts if f.when == "masked"] == [
+                Factor(axis, dim=0, part="count", when="masked") for axis in over
+            ]
 
     @pytest.mark.parametrize("made", families(), ids=lambda made: made.name)
     def test_factors_lie_on_a_dim_that_has_their_axis(self, made):
@@ -300,6 +310,7 @@ class TestTerms:
             Factor("layer", None),
             centre,
             Factor("kv_head", 0),
+            Factor("head_dim", 0),
         )
 
     def test_every_writer_of_a_centred_family_is_centred(self):
@@ -311,10 +322,13 @@ class TestTerms:
         assert self.made()["h.*.ln.bias"] == (Factor("hidden", 0, "support", when="masked"),)
 
     def test_what_goes_into_a_norm_over_heads_takes_the_support(self):
-        support = Factor("kv_head", 1, "support", when="masked")
-        assert self.made()["h.*.c_attn.weight"] == (support,)
-        assert self.made()["h.*.c_attn.bias"] == (Factor("kv_head", 0, "support", when="masked"),)
-        assert self.made()["h.*.all.weight"] == (Factor("kv_head", 0, "count", when="masked"),)
+        for name, dim, part in (
+            ("c_attn.weight", 1, "support"),
+            ("c_attn.bias", 0, "support"),
+            ("all.weight", 0, "count"),
+        ):
+            over = ("kv_head", "head_dim")
+            assert self.made()[f"h.*.{name}"] == tuple(Factor(axis, dim, part, when="masked") for axis in over)
 
     def test_before_a_post_norm_only_the_support_and_on_it_the_soft_mask(self):
         found = self.made()

@@ -66,4 +66,4 @@ def test_a_wrong_table_is_not_proved(wrong: str) -> None:
 def test_the_right_one_is() -> None:
     proof = proof_of(LLAMA)
     assert not proof.broken, [str(finding) for finding in proof.broken]
-    assert proof.axes == ("hidden", "layer", "kv_head", "group", "intermediate")
+    assert proof.axes == ("hidden", "layer", "kv_head", "group", "head_dim", "rotary", "intermediate")
