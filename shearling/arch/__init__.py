@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from shearling.axes.spec import Family
-from shearling.errors import UserError, nearest, raise_all
+from shearling.errors import UserError, raise_all
 
 
 @cache
@@ -67,9 +67,7 @@ def _unknown(config: Mapping[str, Any], known: Sequence[str]) -> UserError:
         change += f": save that one alone, as {inner}, and shear it" if inner in known else ", nor what it is made of"
         found = f"{model_type!r}, a model with {' and '.join(others)} beside its text"
         return UserError("model_type", found=found, expected=expected, change=change)
-    hint = nearest(str(model_type), known)
     change = "have a table proposed: `shearling inspect MODEL --draft --out FILE`, then --arch FILE"
-    change = f"{hint}; or {change}" if hint.startswith("did") else change
     return UserError("model_type", found=repr(model_type), expected=expected, change=change)
 
 

@@ -32,12 +32,13 @@ QWEN3_MOE = Family(
     norms=Normalisation(eps_attribute="variance_epsilon", eps_key="rms_norm_eps"),
     cache="2*kv_head*head_dim",
     scores="2*kv_head*group*head_dim",
+    names={"num_experts": "num_local_experts"},  # since transformers 5.24; published configs have the other
     fixed={"top_k": "num_experts_per_tok"},
     defaults={
         "num_key_value_heads": 4,
         "head_dim": "hidden_size / num_attention_heads",
         "attention_bias": False,
-        "num_experts": 128,
+        "num_local_experts": 128,
         "num_experts_per_tok": 8,
         "decoder_sparse_step": 1,
         "router_aux_loss_coef": 0.001,

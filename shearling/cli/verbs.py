@@ -107,7 +107,9 @@ def inspect_(
     if as_json:
         print_json(found)
         return
-    print(f"{found['family']}, {found['parameters']:,} parameters, context {found['context_tokens']:,} tokens")
+    active = found["active_parameters"]
+    of_them = f" ({active:,} of them for each token)" if active < found["parameters"] else ""
+    print(f"{found['family']}, {found['parameters']:,} parameters{of_them}, context {found['context_tokens']:,} tokens")
     print_table("shape", found["shape"])
     print_table("axes", found["axes"])
     print(f"  can be cut along {', '.join(found['cut_along'])}")

@@ -1,5 +1,6 @@
 """The table against transformers' model of the same config: names, sizes, ties, epsilons, names on disk, defaults."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ def table_is_model(family: Family, config: Mapping[str, Any], name: str) -> Find
 
 
 def names_on_disk(family: Family, config: Mapping[str, Any], folder: Path, name: str) -> Finding:
-    """What `save_pretrained` writes, by name and size, against the table's names on disk. `folder` is to be empty."""
+    """What `save_pretrained` writes: tensors by name and size against the table's names on disk, and a config that says
+    the same sizes, under whatever keys. `folder` is to be empty.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -35,7 +38,9 @@ def names_on_disk(family: Family, config: Mapping[str, Any], folder: Path, name:
         for shard in sorted(folder.glob("*.safetensors"))
         for tensor, info in read_header(shard).items()
     }
-    return Finding("names on disk", name, why="; ".join(list(_differences(counted, there))[:SHOWN]))
+    said, meant = shape_of(family, json.loads((folder / "config.json").read_text())), shape_of(family, config)
+    keys = [f"config.json: {key} {said[key]}, not {size}" for key, size in meant.items() if said[key] != size]
+    return Finding("names on disk", name, why="; ".join([*keys, *_differences(counted, there)][:SHOWN]))
 
 
 def defaults(family: Family, model_type: str) -> Iterator[Finding]:

@@ -8,7 +8,13 @@ from shearling.arch.config import max_positions
 from shearling.arch.file import given
 from shearling.axes.axis import AXES, FOLLOWS
 from shearling.axes.cost import memory_bytes
-from shearling.axes.count import cache_bytes_per_token, flops_per_token, parameters, parameters_by_group
+from shearling.axes.count import (
+    active_parameters,
+    cache_bytes_per_token,
+    flops_per_token,
+    parameters,
+    parameters_by_group,
+)
 from shearling.axes.shape import shape_of
 from shearling.axes.target import uncut
 from shearling.weights.config import read_config
@@ -40,6 +46,7 @@ def inspect(model: str, *, arch: str | None = None) -> dict[str, Any]:
         "cut_along": [axis for axis in axes if axis not in reasons and axes[axis] > 1],
         "left_whole": {axis: reasons[axis] for axis in axes if axis in reasons},
         "parameters": parameters(family, config),
+        "active_parameters": active_parameters(family, config),
         "parameters_by_group": parameters_by_group(family, config),
         "context_tokens": context,
         "kv_cache_bytes_per_token": cache_bytes_per_token(family, config),
