@@ -83,6 +83,7 @@ def test_a_cut_of_nothing_is_the_source(model_type: str, name: str) -> None:
     require(identity(made(model_type, name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "name"), CASES)
 def test_dead_units_go_first_and_are_not_missed(model_type: str, name: str) -> None:
     model = made(model_type, name)
@@ -100,6 +101,7 @@ def test_the_loss_is_the_models(model_type: str, name: str) -> None:
     require([loss_is_the_models(made(model_type, name))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "name"), CASES)
 def test_pruned_cut_and_healed(model_type: str, name: str) -> None:
     """One of a type's two models by one relaxation, the other by the other."""
@@ -133,6 +135,7 @@ def test_a_masked_step_compiled_to_code() -> None:
     require(compiled(model, all_at_once(model)[1], backend="inductor"))
 
 
+@pytest.mark.slow
 def test_cuts_reload_and_generate_with_their_cache(tmp_path: Path) -> None:
     """All of them in one fresh process."""
     folders = []

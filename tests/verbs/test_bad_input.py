@@ -269,7 +269,7 @@ def test_inspect_refuses_what_can_not_be_sheared(refused, copied, damage, parts)
         ("num_attention_heads=3", ["found 3 on num_key_value_heads=2", "num_attention_heads=2 or 4"]),
         ("num_key_value_heads=1", ["found 4 on num_key_value_heads=1", "1 to 2 heads for each kv head"]),
         ("vocab_size=100", ["target vocab_size: found 100", "the vocabulary is not supported yet: leave it out"]),
-        ("head_dim=4", ["target head_dim: found 4; expected 8", "not supported yet: leave it out"]),
+        ("head_dim=3", ["target head_dim: found 3; expected an even number", "choose head_dim=2 or 4"]),
     ],
 )
 def test_a_target_that_can_not_be_cut_to(call, refused, model_folder, method, to, parts):
