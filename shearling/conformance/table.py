@@ -35,7 +35,7 @@ def names_on_disk(family: Family, config: Mapping[str, Any], folder: Path, name:
         for shard in sorted(folder.glob("*.safetensors"))
         for tensor, info in read_header(shard).items()
     }
-    return Finding("names on disk", name, why="; ".join(list(_differences(counted, there))[:SHOWN]))
+    return Finding("names on disk", name, why="; ".join(list(differences(counted, there))[:SHOWN]))
 
 
 def defaults(family: Family, model_type: str) -> Iterator[Finding]:
@@ -59,7 +59,7 @@ def _sizes(family: Family, config: Mapping[str, Any], model: Any) -> Iterator[st
     sizes = shape_of(family, config).axes
     rows = list(family.named(config))
     counted = {row.at(layer): row.shape(sizes) for row, layer in rows}
-    yield from _differences(counted, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    yield from differences(counted, {name: tuple(p.shape) for name, p in model.named_parameters()})
     if len(counted) < len(rows):
         yield "a name stands twice"
 
@@ -82,7 +82,8 @@ def _epsilons(family: Family, config: Mapping[str, Any], model: Any) -> Iterator
                 yield f"{row.at(layer)}: {how.eps_attribute} {eps}"
 
 
-def _differences(counted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def differences(counted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Sizes by name that aren't the same in the table and there."""
     for name in sorted(counted.keys() | there.keys()):
         if counted.get(name) != there.get(name):
             table, model = (list(found[name]) if name in found else "nothing" for found in (counted, there))
