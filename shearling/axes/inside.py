@@ -1,4 +1,4 @@
-"""Text models that lie inside a bigger checkpoint, beside towers that see or hear, and what of those is cut with them."""
+"""Text models that lie inside a whole, beside towers that see or hear, and what of those is cut along with them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

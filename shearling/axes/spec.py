@@ -48,7 +48,7 @@ class Family:
     logits: Mapping[str, str] = field(default_factory=dict)  # "times", "over", "cap" -> key: what is done to logits
     uncut: Mapping[str, str] = field(default_factory=dict)  # axis, or "axis if FLAG" -> why it can't be cut along
     requires: Mapping[str, Any] = field(default_factory=dict)  # of a draft: whatever else the config said, all of it
-    # Of a text model that is a part of its checkpoint. A proof is of the text model: a digest of that has no part in it.
+    # Where the text model is a part of its checkpoint. Not in the repr, by which proofs of text models are known.
     inside: Inside | None = field(default=None, repr=False)
     tensors: tuple[Tensor, ...] = field(init=False)
     connectors: tuple[Tensor, ...] = field(init=False, repr=False)

@@ -8,7 +8,8 @@ are written as the tensor is stored, of axes, numbers and the family's `fixed` w
 Roles: `embed` fills the residual stream; `norm` normalises along its dim; `read` belongs to what reads the residual
 stream (through the norm above it); `route` reads it to choose experts; `write` is the last operation before the
 residual add, or before the `post` norm under it, which then is; `head` gives the logits; `inner` lies between readers
-and writers and is cut alone; `join` fills the stream with what comes from elsewhere (Inside). A norm over heads normalises what the row above it gives.
+and writers and is cut alone; `join` gives what stands among the embeddings and comes from elsewhere (axes/inside.py).
+A norm over heads normalises what the row above it gives.
 
 Options: `bias=FLAG` adds a bias where the config's FLAG is true (`bias=always`: everywhere); `if=FLAG`: the row exists
 under FLAG alone; `on=KIND` (`on=A|B`): on layers of that kind alone; `tied=NAME` says which tensor it shares storage

@@ -218,13 +218,11 @@ def write_cut(whole: Whole, cut: Cut, folder: Path) -> None:
 
 def _changed(whole: Whole, folder: Path, *, carried: bool) -> Iterator[str]:
     """Names of tensors that aren't in `folder` as they were: of all, or of those that are carried."""
-    text, written = whole.text, Checkpoint.open(folder)
-    parts = parts_of(whole.checkpoint, text.family, text.config, text.shape)
-    for name in parts.carried.names if carried else whole.checkpoint.names:
-        before = whole.checkpoint.read(name)
-        if name not in written.tensors or written.info(name).dtype != whole.checkpoint.info(name).dtype:
-            yield name
-        elif not torch.equal(written.read(name).view(torch.uint8), before.view(torch.uint8)):
+    text, source, written = whole.text, whole.checkpoint, Checkpoint.open(folder)
+    parts = parts_of(source, text.family, text.config, text.shape)
+    for name in parts.carried.names if carried else source.names:
+        there = name in written.tensors and written.info(name).dtype == source.info(name).dtype
+        if not there or not torch.equal(*(one.read(name).view(torch.uint8) for one in (written, source))):
             yield name
 
 

@@ -92,7 +92,7 @@ def open_target(model: str, asked: Prune, *, arch: str | None = None) -> tuple[S
     """The source, the whole target and what was filled in; raises UserError for all that can be told without data."""
     source = Source.open(model, dtype=asked.dtype, arch=arch)
     target, notes = resolve_target(source.family, source.shape, asked.to, source.config)
-    return source, target, tuple(notes)
+    return source, target, (*notes, *source.notes())
 
 
 def _choose(asked: Prune, steps: int) -> tuple[Prune, str]:

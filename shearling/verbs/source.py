@@ -82,6 +82,15 @@ class Source:
         """Its tensors: those that the family has rows for, and those of other parts."""
         return parts_of(self.checkpoint, self.family, self.config, self.shape)
 
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the parts that it has beside what is sheared."""
+        parts, inside = self.parts, self.family.inside
+        if inside is None:
+            return ()
+        said = f"sheared is the text model ({inside.text_type}); {len(parts.carried.names)} other tensors are carried"
+        gone = parts.dropped.names
+        return (said, *([f"left out, transformers has no place for them: {', '.join(gone[:5])}"] if gone else []))
+
     @property
     def dtype(self) -> torch.dtype:
         """What most of the weights are stored in, by bytes."""

@@ -75,7 +75,7 @@ def resolve(model: str) -> Path:
 
 
 def carry(source: Path, out: Path) -> tuple[str, ...]:
-    """Copies tokenizer and processor files, chat templates, generation config and licences byte for byte; gives their names.
+    """Copies tokenizer, processor and licence files, templates and generation config byte for byte; gives their names.
 
     Templates are copied as data and never rendered. Config and weights aren't copied. Raises UserError for links that
     lead out of the source.

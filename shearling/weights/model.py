@@ -36,8 +36,8 @@ class Beside:
 
     def entries(self) -> Iterator[Entry]:
         for name, info in self.checkpoint.tensors.items():
-            turned = self.dtype is not None and info.dtype in FLOAT_DTYPES
-            yield Entry(name, DTYPE_CODES[self.dtype] if turned else info.dtype, info.shape)
+            asked = self.dtype if info.dtype in FLOAT_DTYPES else None
+            yield Entry(name, DTYPE_CODES[asked] if asked else info.dtype, info.shape)
 
     def read(self, name: str) -> Tensor:
         found = self.checkpoint.read(name)
@@ -77,7 +77,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
 
 
 def _loaded(folder: Path, config: Any, dtype: torch.dtype, renamed: Mapping[str, str] | None) -> tuple[Any, Any]:
-    """The causal model of a config, and what transformers reports. `renamed` turns starts of names in files into its."""
+    """The causal model of a config, and what transformers reports. `renamed` turns starts of names in files to its."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""What every table says of a text model inside a whole, tried on every type that has one. Nothing here is per family."""
+"""What every table says of a text model inside a whole, tried on every type that has one; nothing is per family."""
 
 from functools import cache
 from pathlib import Path
