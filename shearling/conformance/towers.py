@@ -248,11 +248,11 @@ def _masked(whole: Whole, masks: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _loaded(folder: Path) -> tuple[Any, str]:
-    """The whole in a folder, and which keys transformers missed there or didn't expect."""
+    """The whole in a folder, and the keys that transformers missed there, didn't expect, or found of another size."""
     from transformers import AutoModelForImageTextToText
 
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, **PLAIN
+        folder, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True, **PLAIN
     )
     model, report = loaded
     stray = [f"{kind}: {sorted(map(str, names))[:SHOWN]}" for kind, names in report.items() if names and "keys" in kind]

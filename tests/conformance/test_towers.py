@@ -1,5 +1,6 @@
 """What every table says of a text model inside a whole, tried on every type that has one; nothing is per family."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from shearling.arch import towered
-from shearling.conformance.finding import require
+from shearling.axes.spec import Family
+from shearling.conformance.finding import Finding, require
+from shearling.conformance.small import TELLING
 from shearling.conformance.targets import alone, together
 from shearling.conformance.towers import (
     Whole,
@@ -21,6 +24,7 @@ from shearling.conformance.towers import (
     wholes,
 )
 
+TIED = TELLING[1]
 CASES = [(model_type, name) for model_type, family in towered().items() for name in wholes(family)]
 
 
@@ -66,3 +70,53 @@ def test_a_cut_of_nothing_is_the_source(model_type: str, name: str, dtype: torch
     family = towered()[model_type]
     whole = random_whole(family, wholes(family)[name], tmp_path / "source", name=name, dtype=dtype)
     require([identity_of_whole(whole, tmp_path / "cut")])
+
+
+def changed(model_type: str, **inside: object) -> Family:
+    """A type's table with something else in what it says of the whole."""
+    family = towered()[model_type]
+    assert family.inside is not None
+    return replace(family, inside=replace(family.inside, **inside))
+
+
+def findings(family: Family, folder: Path) -> list[Finding]:
+    """What is found of the tied whole, cut along hidden."""
+    config = wholes(family)[TIED]
+    held = [table_is_whole(family, config, "wrong")]
+    if held[0].held:
+        whole = random_whole(family, config, folder / "source", name="wrong")
+        held.append(files_are_parts(whole))
+    if not all(finding.held for finding in held):
+        return held
+    hidden = {unit: target for unit, target in alone(whole.text).items() if unit == ("hidden",)}
+    return [*held, *whole_is_cut(whole, hidden, folder)]
+
+
+GEMMA3 = "model.multi_modal_projector.mm_input_projection_weight vision hidden"
+DISK = "disk=multi_modal_projector.mm_input_projection_weight"
+WRONG = {
+    "features scaled as embeddings are": (
+        changed("gemma3", connectors=f"embed {GEMMA3} scaled=hidden {DISK}"),
+        "masked = cut = reloaded, an image",
+    ),
+    "features that hidden's mask isn't on": (
+        changed("gemma3", connectors=f"inner {GEMMA3} {DISK}"),
+        "masked = cut = reloaded, an image",
+    ),
+    "a connector without its bias": (
+        changed("qwen3_5", connectors="join model.visual.merger.linear_fc2.weight hidden merged"),
+        "keys",
+    ),
+    "another tower": (changed("gemma3", carried=("vision_tower.",)), "names on disk"),
+    "a tower that isn't there": (changed("qwen3_5", carried=("model.visual.", "model.audio.")), "names on disk"),
+    "other names on disk": (changed("gemma3", disk={"model.": "model.language_model."}), "names on disk"),
+    "other names on the module": (changed("qwen3_5", module={"model.": "model.text_model."}), "table = whole"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_table_is_found_out(wrong: str, tmp_path: Path) -> None:
+    family, check = WRONG[wrong]
+    broken = {finding.check for finding in findings(family, tmp_path) if not finding.held}
+    assert check in broken
+    assert "masked = cut = reloaded, text" not in broken
