@@ -17,7 +17,7 @@ from shearling.axes.spec import Family
 from shearling.axes.target import uncut
 from shearling.weights.checkpoint import Checkpoint
 from shearling.weights.config import read_config
-from shearling.weights.table import check_table, parts_of
+from shearling.weights.table import as_stored, check_table, parts_of
 
 
 def inspect(model: str, *, arch: str | None = None) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def _beside(path: Path, family: Family, config: Mapping[str, Any], shape: Shape)
     counts["carried"] = None
     if path.is_dir() and any(path.glob("*.safetensors")):
         checkpoint = Checkpoint.open(path)
+        family = as_stored(checkpoint, family, config)
         check_table(checkpoint, family, config, shape)
         parts = parts_of(checkpoint, family, config, shape)
         counts["carried"] = sum(prod(info.shape) for info in parts.carried.tensors.values())

@@ -26,7 +26,7 @@ from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite, 
 from shearling.weights.folder import carry, resolve
 from shearling.weights.header import DTYPES
 from shearling.weights.model import Beside, assembled, reader, save_model
-from shearling.weights.table import Parts, check_table, parts_of
+from shearling.weights.table import Parts, as_stored, check_table, parts_of
 
 ORIGIN = "shearling.json"
 
@@ -60,6 +60,7 @@ class Source:
         own = _own_family(folder, checkpoint.config, arch, like)
         family = family_of(checkpoint.config, own)
         config = text_config(family, checkpoint.config)
+        family = as_stored(checkpoint, family, config)
         shape = shape_of(family, config)
         family.kinds(config)  # says what is wrong with a list of layers
         check_parts(family, config, shape)

@@ -1,7 +1,8 @@
 """A checkpoint held against its family's table, before anything is read from it."""
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shearling.axes.disk import placed
@@ -12,8 +13,20 @@ from shearling.weights.checkpoint import Checkpoint
 
 SHOWN = 5
 
+APART = re.compile(r"\bdisk=\S*#\S*")  # of a table's line: names with an expert's number in them
+
 # Buffers that older transformers saved beside the parameters.
 OLD_BUFFERS = ("rotary_emb.inv_freq",)
+
+
+def as_stored(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> Family:
+    """The family as these files have its stacks of experts: apart, as its table says, or each under its own name.
+
+    transformers reads both; what is made of the model is written as the model was.
+    """
+    stacked = replace(family, table=APART.sub("", family.table))
+    names = {row.at_disk(layer) for row, layer in stacked.named(config) if row.stacked}
+    return stacked if names & checkpoint.tensors.keys() else family
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from shearling import cli
 from shearling.arch import towered
@@ -211,6 +212,37 @@ def test_a_whole_that_is_not_sound_ends_with_2(
         assert told in err, err
         assert out == ""
     assert not list(tmp_path.glob("out*"))
+
+
+def test_experts_that_lie_in_stacks_stay_so(whole_folders, stores, tmp_path, ask_prune):
+    """transformers writes experts apart, and reads them as stacks too."""
+    folder = damaged(tmp_path, "qwen3_5_moe", whole_folders)
+    source, inside = Source.open(str(folder)), towered()["qwen3_5_moe"].inside
+    assert inside is not None
+    weights = load_file(folder / "model.safetensors")
+    stacks = {
+        inside.on_module(row.at(layer)): source.read(row, layer)
+        for row, layer in source.family.named(source.config)
+        if row.stacked
+    }
+    apart = {name: weight for name, weight in weights.items() if ".mlp.experts." not in name}
+    assert len(apart) < len(weights)
+    save_file(apart | stacks, folder / "model.safetensors", metadata={"format": "pt"})
+    asked = ask_prune(to={"num_experts": 3, "num_hidden_layers": 2}, method="activation", seq_len=16, steps=1)
+    losses = []
+    for number, model in enumerate((whole_folders / "qwen3_5_moe", folder)):
+        out = tmp_path / str(number)
+        prune(str(model), data=str(stores / "qwen3_5_moe"), out=str(out), asked=asked)
+        losses.append(json.loads((out / "shearling.json").read_text())["pruned"]["losses"])
+    assert losses[0] == losses[1]
+    written = load_file(tmp_path / "1" / "model.safetensors")
+    assert {name for name in written if ".mlp.experts." in name} == {
+        f"model.language_model.layers.{layer}.mlp.experts.{name}"
+        for layer in range(2)
+        for name in ("gate_up_proj", "down_proj")
+    }
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "1", output_loading_info=True)
+    assert not any(loaded[1][key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_heads_that_transformers_passes_over_are_left_out_and_said_so(whole_folders, stores, tmp_path, ask_prune):
