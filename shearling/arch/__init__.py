@@ -37,6 +37,12 @@ def described() -> tuple[tuple[str, tuple[Family, ...]], ...]:
     return tuple(found)
 
 
+def whole_of(model_type: str) -> Family | None:
+    """The family of a type whose text model lies inside a whole; None for any other, and where nothing is known of it."""
+    family = _adopted.get(model_type) or towered().get(model_type)
+    return None if family is None or family.inside is None else family
+
+
 _adopted: dict[str, Family] = {}  # by model type: families out of files that this process works with
 
 

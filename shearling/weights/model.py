@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearling.arch import towered
+from shearling.arch import whole_of
 from shearling.axes.disk import Piece, placed
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
@@ -55,7 +55,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
 
     logging.disable_progress_bar()
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    family, renamed, beside = towered().get(config.model_type), None, ()
+    family, renamed, beside = whole_of(config.model_type), None, ()
     if family is not None and family.inside is not None:
         inside, whole, config = family.inside, config, getattr(config, family.inside.key)
         config.tie_word_embeddings = whole.tie_word_embeddings
