@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from shearling.arch import described, families
+from shearling.arch import described, families, towered
 from shearling.conformance.page import families_page, readme_with
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,7 +15,7 @@ def generated() -> dict[Path, str]:
     proofs, drafts = (json.loads(path.read_text()) if path.is_file() else {} for path in (PROOFS, DRAFTS))
     readme = ROOT / "README.md"
     return {
-        ROOT / "docs" / "families.md": families_page(families(), proofs, drafts),
+        ROOT / "docs" / "families.md": families_page([*families(), *towered().values()], proofs, drafts),
         readme: readme_with(readme.read_text(encoding="utf-8"), described(), proofs),
     }
 

@@ -12,8 +12,15 @@ from shearling.errors import UserError, raise_all
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family that has a table, in the order of their modules' names."""
-    return tuple(family for _, some in described() for family in some)
+    """Every family that has a table and is a whole model, in the order of their modules' names."""
+    return tuple(family for _, some in described() for family in some if family.inside is None)
+
+
+@cache
+def towered() -> Mapping[str, Family]:
+    """By model type, the families whose text model lies inside a bigger checkpoint."""
+    inside = (family for _, some in described() for family in some if family.inside is not None)
+    return {model_type: family for family in inside for model_type in family.model_types}
 
 
 @cache
@@ -28,6 +35,12 @@ def described() -> tuple[tuple[str, tuple[Family, ...]], ...]:
         if own:
             found.append((" ".join((module.__doc__ or "").split()), tuple(own)))
     return tuple(found)
+
+
+def whole_of(model_type: str) -> Family | None:
+    """The family of a type whose text model lies inside a whole; None for any other, and where nothing is known of it."""
+    family = _adopted.get(model_type) or towered().get(model_type)
+    return None if family is None or family.inside is None else family
 
 
 _adopted: dict[str, Family] = {}  # by model type: families out of files that this process works with
@@ -47,7 +60,8 @@ def family_of(config: Mapping[str, Any], given: Family | None = None) -> Family:
         check_for(given, config)
         adopt(given)
         return given
-    known = {model_type: family for family in families() for model_type in family.model_types} | _adopted
+    alone = {model_type: family for family in families() for model_type in family.model_types}
+    known = {**alone, **towered(), **_adopted}
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]

@@ -4,7 +4,7 @@
 or equal ones. `#` in a name stands for the expert's number: the files hold a stack's matrices apart.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shearling.axes.axis import Dim
@@ -18,6 +18,13 @@ class Piece:
     name: str
     shape: tuple[int, ...]
     where: tuple[int | slice, ...]
+
+
+def placed(
+    rows: Iterable[tuple[Tensor, int | None]], sizes: Mapping[str, int]
+) -> dict[str, tuple[Piece, Tensor, int | None]]:
+    """The tensors of the files by name, each with the row and layer that it is of, in the rows' order."""
+    return {piece.name: (piece, row, layer) for row, layer in rows for piece in pieces(row, layer, sizes)}
 
 
 def pieces(row: Tensor, layer: int | None, sizes: Mapping[str, int]) -> Iterator[Piece]:

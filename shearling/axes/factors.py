@@ -39,7 +39,8 @@ class Factor:
 def factors(family: Family, *, tied: bool) -> dict[Tensor, tuple[Factor, ...]]:
     """The factors of each row of the family's table, those without any left out."""
     below = dict(normalised(family))
-    found = {row: tuple(_factors(row, family, tied, below.get(row))) for row in family.tensors}
+    rows = (*family.tensors, *family.connectors)
+    found = {row: tuple(_factors(row, family, tied, below.get(row))) for row in rows}
     return {row: some for row, some in found.items() if some}
 
 
@@ -58,6 +59,9 @@ def _factors(row: Tensor, family: Family, tied: bool, below: Tensor | None) -> I
         yield from _centre(row, family)
         if row.scaled:  # by a constant that the cut's smaller size makes smaller
             yield Factor(row.scaled, dim=None, part="count", power=-1, when="cut")
+    elif row.role == "join":  # no constant: what a tower gives is scaled by nothing
+        yield Factor("hidden", dim=row.stream)
+        yield from _centre(row, family)
     elif row.role == "write":
         yield from _written(row, family) if below is None else [Factor("hidden", row.stream, "support", when="masked")]
         if row.input is not None:

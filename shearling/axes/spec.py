@@ -1,11 +1,12 @@
 """A family as data: a table of tensors on named axes (axes/table.py), and the facts that the tensors don't tell."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
+from shearling.axes.inside import Inside as Inside
 from shearling.axes.layers import LayerRule as LayerRule
 from shearling.axes.table import Tensor, rows
 
@@ -48,10 +49,18 @@ class Family:
     logits: Mapping[str, str] = field(default_factory=dict)  # "times", "over", "cap" -> key: what is done to logits
     uncut: Mapping[str, str] = field(default_factory=dict)  # axis, or "axis if FLAG" -> why it can't be cut along
     requires: Mapping[str, Any] = field(default_factory=dict)  # of a draft: whatever else the config said, all of it
+    # Where the text model is a part of its checkpoint. Not in the repr, by which proofs of text models are known.
+    inside: Inside | None = field(default=None, repr=False)
     tensors: tuple[Tensor, ...] = field(init=False)
+    connectors: tuple[Tensor, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", tuple(rows(self.table, self.fixed)))
+        tensors, connectors = tuple(rows(self.table, self.fixed)), ()
+        if self.inside is not None:
+            tensors = tuple(replace(row, disk=self.inside.on_disk(row.disk or row.name)) for row in tensors)
+            connectors = tuple(rows(self.inside.connectors, self.fixed))
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "connectors", connectors)
 
     def key(self, config: Mapping[str, Any], name: str) -> str:
         """Under which key the config holds a size, or anything else, by its standard name or its own."""
@@ -121,6 +130,13 @@ class Family:
                 if t.per_layer and (not t.on or (kinds is not None and not kinds[layer].isdisjoint(t.on))):
                     yield t, number
         yield from ((t, None) for t in present[first:] if not t.per_layer)
+
+    def written(
+        self, config: Mapping[str, Any], layers: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, int | None]]:
+        """Each parameter of the files that is cut: those that are `named`, then the connectors' of what is beside."""
+        yield from self.named(config, layers)
+        yield from ((row, None) for row in self.connectors)
 
     @cached_property
     def axes(self) -> frozenset[str]:

@@ -8,7 +8,8 @@ are written as the tensor is stored, of axes, numbers and the family's `fixed` w
 Roles: `embed` fills the residual stream; `norm` normalises along its dim; `read` belongs to what reads the residual
 stream (through the norm above it); `route` reads it to choose experts; `write` is the last operation before the
 residual add, or before the `post` norm under it, which then is; `head` gives the logits; `inner` lies between readers
-and writers and is cut alone. A norm over heads normalises what the row above it gives.
+and writers and is cut alone; `join` gives what stands among the embeddings and comes from elsewhere (axes/inside.py).
+A norm over heads normalises what the row above it gives.
 
 Options: `bias=FLAG` adds a bias where the config's FLAG is true (`bias=always`: everywhere); `if=FLAG`: the row exists
 under FLAG alone; `on=KIND` (`on=A|B`): on layers of that kind alone; `tied=NAME` says which tensor it shares storage
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 from shearling.axes.axis import AXES, Dim
 
-ROLES = ("embed", "norm", "read", "write", "head", "post", "route", "inner")
+ROLES = ("embed", "norm", "read", "write", "head", "post", "route", "inner", "join")
 OPTIONS = ("bias", "if", "on", "tied", "disk", "norm", "reads", "scaled")
 
 
@@ -58,7 +59,7 @@ class Tensor:
         if self.is_bias or len(self.dims) < 2 or self.stream is None or self.role in ("embed", "inner"):
             return None
         matrix = (len(self.dims) - 2, len(self.dims) - 1)
-        return next(i for i in matrix if (i == self.stream) is (self.role != "write"))
+        return next(i for i in matrix if (i == self.stream) is (self.role not in ("write", "join")))
 
     @property
     def output(self) -> int | None:

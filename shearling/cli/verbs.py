@@ -116,6 +116,10 @@ def inspect_(
     for axis, reason in found["left_whole"].items():
         print(f"  not along {axis}: {reason}")
     print_table("parameters", found["parameters_by_group"])
+    if "beside" in found:
+        counts = found["beside"]["parameters"]
+        shown = {key: "see the weights" if count is None else count for key, count in counts.items()}
+        print_table(f"parameters beside the text model ({found['beside']['text_model']})", shown)
     print_table("memory", {k.removesuffix("_bytes"): in_bytes(v) for k, v in found.items() if k.endswith("_bytes")})
     per_token = {"KV-cache": in_bytes(found["kv_cache_bytes_per_token"]), "FLOPs, forward": found["flops_per_token"]}
     print_table("per token", per_token)

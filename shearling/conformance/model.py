@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shearling.axes.shape import Shape, shape_of
-from shearling.axes.spec import Family
+from shearling.axes.spec import Family, Normalisation
 
 NORM_SPREAD = 0.3  # of norms' weights about 1, so that one left out shows
 
@@ -42,21 +42,29 @@ def random_model(family: Family, config: Mapping[str, Any], *, name: str = "", s
     What each parameter is comes from the table, not from its name; what the table lacks is drawn as a matrix.
     """
     model = build(config)
-    shape = shape_of(family, config)
-    norms = {
+    draw(model, norms_of(family, config), seed=seed)
+    return Small(name, family, config, shape_of(family, config), model)
+
+
+def norms_of(family: Family, config: Mapping[str, Any]) -> dict[str, Normalisation]:
+    """How each norm of a model works, by its weight's name."""
+    return {
         row.at(layer): family.normalisation(row)
         for row, layer in family.named(config)
         if row.role in ("norm", "post") and not row.is_bias
     }
+
+
+@torch.no_grad()
+def draw(model: Any, norms: Mapping[str, Normalisation], *, seed: int = 0) -> None:
+    """Draws every parameter anew, in place: norms about 1, whatever else as a matrix that keeps scale."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter_name in norms:
-                parameter.copy_(1 - norms[parameter_name].offset + NORM_SPREAD * noise)
-            else:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-    return Small(name, family, config, shape, model)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if name in norms:
+            parameter.copy_(1 - norms[name].offset + NORM_SPREAD * noise)
+        else:
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def build(config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> Any:

@@ -78,7 +78,8 @@ def _section(family: Family, proofs: Proofs) -> Iterator[str]:
     yield ""
     yield f"- types: {_types(family)}"
     yield f"- terms: {', '.join(terms(family))}"
-    for model_type in family.model_types:
+    yield from _parts(family)
+    for model_type in _proved_types(family):
         found = proofs.get(model_type)
         if not found:
             yield f"- `{model_type}` is not proved yet"
@@ -104,13 +105,31 @@ def _types(family: Family) -> str:
 
 def _axes(family: Family, proofs: Proofs) -> str:
     """The axes proved for all of a family's types."""
-    proved = [set(proofs.get(model_type, {}).get("axes", ())) for model_type in family.model_types]
+    proved = [set(proofs.get(model_type, {}).get("axes", ())) for model_type in _proved_types(family)]
     shown = (axis for axis in MASKABLE if axis not in FOLLOWS and all(axis in axes for axes in proved))
     return ", ".join(shown) or "not proved yet"
 
 
+def _proved_types(family: Family) -> tuple[str, ...]:
+    """The model types that its proofs are of: what lies inside a whole is proved by itself."""
+    return family.model_types if family.inside is None else (family.inside.text_type,)
+
+
+def _parts(family: Family) -> Iterator[str]:
+    """Of a whole with other parts, what becomes of them; tests/conformance/test_towers.py holds it."""
+    inside = family.inside
+    if inside is not None:
+        named = ", ".join(f"`{row.name}`" for row in family.connectors)
+        yield f"- sheared is its text model, `{inside.text_type}`; with hidden, rows of {named} too"
+        yield f"- carried as it is: {', '.join(f'`{start}*`' for start in inside.carried)}"
+        if inside.dropped:
+            left = ", ".join(f"`{start}*`" for start in inside.dropped)
+            yield f"- left out, since transformers' class has no place for it: {left}"
+        yield from (f"- refused with `{key}`: {why}" for key, why in inside.refused.items())
+
+
 def _range(family: Family, proofs: Proofs) -> str:
-    found = [proofs[model_type] for model_type in family.model_types if model_type in proofs]
+    found = [proofs[model_type] for model_type in _proved_types(family) if model_type in proofs]
     counts = [n for proof in found for n in (*proof["small"], *proof["configs"].values())]
     return f"{min(counts):,} to {max(counts):,}" if counts else ""
 

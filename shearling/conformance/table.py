@@ -40,7 +40,7 @@ def names_on_disk(family: Family, config: Mapping[str, Any], folder: Path, name:
     }
     said, meant = shape_of(family, json.loads((folder / "config.json").read_text())), shape_of(family, config)
     keys = [f"config.json: {key} {said[key]}, not {size}" for key, size in meant.items() if said[key] != size]
-    return Finding("names on disk", name, why="; ".join([*keys, *_differences(counted, there)][:SHOWN]))
+    return Finding("names on disk", name, why="; ".join([*keys, *differences(counted, there)][:SHOWN]))
 
 
 def defaults(family: Family, model_type: str) -> Iterator[Finding]:
@@ -64,7 +64,7 @@ def _sizes(family: Family, config: Mapping[str, Any], model: Any) -> Iterator[st
     sizes = shape_of(family, config).axes
     rows = list(family.named(config))
     counted = {row.at(layer): row.shape(sizes) for row, layer in rows}
-    yield from _differences(counted, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    yield from differences(counted, {name: tuple(p.shape) for name, p in model.named_parameters()})
     if len(counted) < len(rows):
         yield "a name stands twice"
 
@@ -87,7 +87,8 @@ def _epsilons(family: Family, config: Mapping[str, Any], model: Any) -> Iterator
                 yield f"{row.at(layer)}: {how.eps_attribute} {eps}"
 
 
-def _differences(counted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def differences(counted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Sizes by name that aren't the same in the table and there."""
     for name in sorted(counted.keys() | there.keys()):
         if counted.get(name) != there.get(name):
             table, model = (list(found[name]) if name in found else "nothing" for found in (counted, there))

@@ -30,7 +30,7 @@ class Cut:
 
     def rows(self) -> Iterator[tuple[Row, int | None]]:
         """The result's parameters, each with its layer in the result."""
-        return self.family.named(self.config, self.kept.layers)
+        return self.family.written(self.config, self.kept.layers)
 
     def tensor(self, row: Row, layer: int | None, read: Read) -> Tensor:
         """One tensor of the result. A row that nothing is cut from or folded into comes back bit for bit."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from shearling.arch import families
+from shearling.arch import families, towered
 from shearling.arch.file import dump
 from shearling.axes.spec import Family
 from shearling.conformance.proof import CHECKS
@@ -77,7 +77,7 @@ def draft_model(model: str) -> Draft:
 
     path = Path(model).expanduser()
     config = read_config(path if path.exists() and path.suffix != ".gguf" else resolve(model))
-    listed = {model_type: family for family in families() for model_type in family.model_types}
+    listed = {**{model_type: family for family in families() for model_type in family.model_types}, **towered()}
     family = listed.get(str(config.get("model_type")))
     if family is not None:
         change = "leave --draft out"

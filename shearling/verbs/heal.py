@@ -23,7 +23,7 @@ from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
-from shearling.weights.model import load_model, reader
+from shearling.weights.model import load_model
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Healing:
         for number, phase in enumerate(self.phases):
             states.append(self.train(model, number, phase, states, optimizer, record, watch))
         layers = tuple(range(source.shape["num_hidden_layers"]))
-        source.save(self.folder, shape=source.shape, layers=layers, dtype=self.asked.dtype, tensor=reader(model))
+        source.save(self.folder, shape=source.shape, layers=layers, dtype=self.asked.dtype, tensor=source.reader(model))
         del model, optimizer
         # Of what was saved, which may have been rounded.
         after = by_domain(first.measure(load_model(self.folder, device=first.device)))

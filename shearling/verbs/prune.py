@@ -28,7 +28,7 @@ from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
-from shearling.weights.model import load_model, reader
+from shearling.weights.model import load_model
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def open_target(model: str, asked: Prune, *, arch: str | None = None) -> tuple[S
     """The source, the whole target and what was filled in; raises UserError for all that can be told without data."""
     source = Source.open(model, dtype=asked.dtype, arch=arch)
     target, notes = resolve_target(source.family, source.shape, asked.to, source.config)
-    return source, target, tuple(notes)
+    return source, target, (*notes, *source.notes())
 
 
 def _choose(asked: Prune, steps: int) -> tuple[Prune, str]:
@@ -130,7 +130,7 @@ class Pruning:
             aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
             cut, misses, tokens = replace(self, session=aim).learn(model, importance, record, watch)
             taught = self.teaching.flops(session, tokens) if self.teaching else 0.0
-            flops, read = session.flops(source, source.shape, tokens=tokens) + taught, reader(model)
+            flops, read = session.flops(source, source.shape, tokens=tokens) + taught, source.reader(model)
         else:
             cut = self.score(importance)
             del model

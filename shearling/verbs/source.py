@@ -12,6 +12,7 @@ import torch
 from shearling.arch import family_of
 from shearling.arch.config import config_at, max_positions
 from shearling.arch.file import FILE, digest, dump, given
+from shearling.arch.whole import check_parts, text_config, whole_config
 from shearling.axes.count import parameters
 from shearling.axes.disk import pieces
 from shearling.axes.shape import Shape, shape_of
@@ -24,15 +25,18 @@ from shearling.errors import UserError
 from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite, fingerprint
 from shearling.weights.folder import carry, resolve
 from shearling.weights.header import DTYPES
-from shearling.weights.model import assembled, save_model
-from shearling.weights.table import check_table
+from shearling.weights.model import Beside, assembled, reader, save_model
+from shearling.weights.table import Parts, as_stored, check_table, parts_of
 
 ORIGIN = "shearling.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A sound model folder. `name` is what the user called it."""
+    """A sound model folder. `name` is what the user called it.
+
+    Where the model is a whole with other parts, `config`, `family` and `shape` are its text model's.
+    """
 
     name: str
     folder: Path
@@ -55,12 +59,16 @@ class Source:
         checkpoint = Checkpoint.open(folder)
         own = _own_family(folder, checkpoint.config, arch, like)
         family = family_of(checkpoint.config, own)
-        shape = shape_of(family, checkpoint.config)
-        family.kinds(checkpoint.config)  # says what is wrong with a list of layers
-        check_table(checkpoint, family, shape)
+        config = text_config(family, checkpoint.config)
+        family = as_stored(checkpoint, family, config)
+        shape = shape_of(family, config)
+        family.kinds(config)  # says what is wrong with a list of layers
+        check_parts(family, config, shape)
+        check_table(checkpoint, family, config, shape)
+        source = cls(model, folder, config, family, shape, checkpoint, own_family=own is not None)
         if dtype is None:
-            check_dtype(checkpoint.config, checkpoint)
-        return cls(model, folder, checkpoint.config, family, shape, checkpoint, own_family=own is not None)
+            check_dtype(config, source.parts.sheared)
+        return source
 
     @property
     def tied(self) -> bool:
@@ -70,10 +78,24 @@ class Source:
     def parameters(self) -> int:
         return parameters(self.family, self.config)
 
+    @cached_property
+    def parts(self) -> Parts:
+        """Its tensors: those that the family has rows for, and those of other parts."""
+        return parts_of(self.checkpoint, self.family, self.config, self.shape)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the parts that it has beside what is sheared."""
+        parts, inside = self.parts, self.family.inside
+        if inside is None:
+            return ()
+        said = f"sheared is the text model ({inside.text_type}); {len(parts.carried.names)} other tensors are carried"
+        gone = parts.dropped.names
+        return (said, *([f"left out, transformers has no place for them: {', '.join(gone[:5])}"] if gone else []))
+
     @property
     def dtype(self) -> torch.dtype:
         """What most of the weights are stored in, by bytes."""
-        nbytes = self.checkpoint.float_bytes()
+        nbytes = self.parts.sheared.float_bytes()
         return getattr(torch, DTYPES[max(nbytes, key=lambda code: nbytes[code])][1])
 
     def read(self, row: Row, layer: int | None) -> torch.Tensor:
@@ -84,6 +106,11 @@ class Source:
             check_finite(piece.name, weight)
             found.append((piece, weight))
         return assembled(found, row.shape(self.shape.axes))
+
+    def reader(self, model: Any) -> Callable[[Row, int | None], torch.Tensor]:
+        """Reads rows from its model in memory; what is beside that, from disk."""
+        held = reader(model)
+        return lambda row, layer: self.read(row, layer) if row in self.family.connectors else held(row, layer)
 
     def check_finite(self) -> None:
         """Reads every tensor, one at a time. Raises UserError for the first that holds NaN or an infinity."""
@@ -121,12 +148,25 @@ class Source:
     ) -> dict[str, Any]:
         """A model of this one's making as a model folder, in `dtype` or else the source's; gives its config.
 
-        `layers` and `rotary` are the source's layers and entries of q and k that it has, `tensor` gives its rows.
+        `layers` and `rotary` are the source's layers and entries of q and k that it has, `tensor` gives its rows. Other
+        parts come along, byte for byte where no `dtype` is asked for.
         """
         chosen = getattr(torch, dtype) if dtype else self.dtype
         name = str(chosen).removeprefix("torch.")
         config = config_at(self.family, self.config, shape, layers=layers, dtype=name, rotary=rotary)
-        save_model(folder, family=self.family, config=config, shape=shape, dtype=chosen, tensor=tensor)
+        save_model(
+            folder,
+            family=self.family,
+            config=config,
+            shape=shape,
+            dtype=chosen,
+            tensor=tensor,
+            beside=Beside(
+                whole_config(self.family, self.checkpoint.config, config, shape),
+                self.parts.carried,
+                chosen if dtype else None,
+            ),
+        )
         carry(self.folder, folder)
         if self.own_family:
             (folder / FILE).write_text(dump(self.family), encoding="utf-8")

@@ -1,8 +1,8 @@
 """A source model's weights: headers checked at once, each tensor read when it's asked for."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,10 @@ class Checkpoint:
     def shards(self) -> tuple[Path, ...]:
         """The weight files, sorted by name. A shard that holds no tensor isn't among them."""
         return tuple(sorted({info.shard for info in self.tensors.values()}))
+
+    def only(self, names: Container[str]) -> "Checkpoint":
+        """The same with these of its tensors alone."""
+        return replace(self, tensors={name: info for name, info in self.tensors.items() if name in names})
 
     def float_bytes(self) -> dict[str, int]:
         """Bytes of the weights in each floating dtype, by safetensors' name for it."""

@@ -38,6 +38,9 @@ CARRIED_FILES = frozenset(
         "chat_template.jinja",
         "chat_template.json",
         "generation_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
     )
 )
 CARRIED_PREFIXES = ("license", "notice", "use_policy")
@@ -72,7 +75,7 @@ def resolve(model: str) -> Path:
 
 
 def carry(source: Path, out: Path) -> tuple[str, ...]:
-    """Copies tokenizer files, chat templates, generation config and licences byte for byte; gives their names.
+    """Copies tokenizer, processor and licence files, templates and generation config byte for byte; gives their names.
 
     Templates are copied as data and never rendered. Config and weights aren't copied. Raises UserError for links that
     lead out of the source.

@@ -1,42 +1,69 @@
 """A model folder as a transformers model, and a model's weights as a folder."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shearling.axes.disk import Piece, pieces
+from shearling.arch import whole_of
+from shearling.axes.disk import Piece, placed
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.errors import UserError
-from shearling.weights.checkpoint import check_finite
+from shearling.weights.checkpoint import Checkpoint, check_finite
+from shearling.weights.header import FLOAT_DTYPES
 from shearling.weights.writer import Entry, write
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a text model is a part of: the whole's config, and the tensors of other parts, in `checkpoint`.
+
+    They keep their bytes, or are written in `dtype` where one is asked for and they are floats.
+    """
+
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint
+    dtype: torch.dtype | None = None
+
+    def entries(self) -> Iterator[Entry]:
+        for name, info in self.checkpoint.tensors.items():
+            asked = self.dtype if info.dtype in FLOAT_DTYPES else None
+            yield Entry(name, DTYPE_CODES[asked] if asked else info.dtype, info.shape)
+
+    def read(self, name: str) -> Tensor:
+        found = self.checkpoint.read(name)
+        return found.to(self.dtype) if self.dtype is not None and found.is_floating_point() else found
+
+
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The causal model in a local folder, in evaluation mode, dropout off whatever its config says.
 
-    Raises UserError for weights that aren't finite and for tensors that are missing or left over.
+    Of a whole with other parts, its text model alone. Raises UserError for weights that aren't finite and for tensors
+    that are missing or left over.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    for key in config.to_dict():
-        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
-            setattr(config, key, 0.0)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    model, report = loaded
-    stray = sorted([*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family, renamed, beside = whole_of(config.model_type), None, ()
+    if family is not None and family.inside is not None:
+        inside, whole, config = family.inside, config, getattr(config, family.inside.key)
+        config.tie_word_embeddings = whole.tie_word_embeddings
+        renamed = {f"^{re.escape(there)}": here for here, there in inside.disk.items()}
+        beside = (*inside.carried, *inside.dropped, *(row.at_disk(None) for row in family.connectors))
+    model, report = _loaded(folder, config, dtype, renamed)
+    left_over = [name for name in report["unexpected_keys"] if not name.startswith(beside)]
+    stray = sorted([*report["missing_keys"], *left_over, *report["mismatched_keys"]])
     if stray:
         raise UserError(
             f"model {folder}",
@@ -47,6 +74,26 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     for name, parameter in model.named_parameters():
         check_finite(name, parameter)
     return model.eval().to(device)
+
+
+def _loaded(folder: Path, config: Any, dtype: torch.dtype, renamed: Mapping[str, str] | None) -> tuple[Any, Any]:
+    """The causal model of a config, and what transformers reports. `renamed` turns starts of names in files to its."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    for key in config.to_dict():
+        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
+            setattr(config, key, 0.0)
+    told = logging.get_verbosity()
+    if renamed is not None:  # other parts are no news: of the report the caller says what is
+        logging.set_verbosity_error()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, key_mapping=renamed
+        )
+    finally:
+        logging.set_verbosity(told)
+    return loaded
 
 
 def reader(model: Any) -> Callable[[Row, int | None], Tensor]:
@@ -74,18 +121,24 @@ def save_model(
     shape: Shape,
     dtype: torch.dtype,
     tensor: Callable[[Row, int | None], Tensor],
+    beside: Beside | None = None,
 ) -> None:
-    """Writes config.json and the weights of a family's model, tensor by tensor, under their names on disk."""
-    sizes = shape.axes
-    placed = {p.name: (p, row, layer) for row, layer in family.named(config) for p in pieces(row, layer, sizes)}
-    entries = [Entry(name, DTYPE_CODES[dtype], piece.shape) for name, (piece, _, _) in placed.items()]
+    """Writes config.json and the weights of a family's model, tensor by tensor, under their names on disk.
+
+    Of a text model inside a whole, with what is `beside` it there.
+    """
+    rows = placed(family.written(config), shape.axes)
+    entries = [Entry(name, DTYPE_CODES[dtype], piece.shape) for name, (piece, _, _) in rows.items()]
     last: list[Any] = [None, None]  # a row in many pieces is made once
 
-    def piece_of(name: str) -> Tensor:
-        piece, row, layer = placed[name]
+    def produce(name: str) -> Tensor:
+        if beside is not None and name not in rows:
+            return beside.read(name)
+        piece, row, layer = rows[name]
         if last[0] != (row, layer):
             last[:] = [(row, layer), tensor(row, layer).to(dtype)]
         return last[1][piece.where].contiguous()
 
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write(folder, entries, piece_of)
+    written, others = (config, ()) if beside is None else (beside.config, beside.entries())
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write(folder, [*entries, *others], produce)

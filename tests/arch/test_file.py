@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shearling.arch import families
+from shearling.arch import families, towered
 from shearling.arch.file import digest, dump, load, parse
 from shearling.axes.spec import Family
 from shearling.errors import UserError
 
-KNOWN = families()
+KNOWN = [*families(), *towered().values()]
 
 
 @pytest.mark.parametrize("family", KNOWN, ids=lambda family: family.name)

@@ -134,7 +134,7 @@ class TestTable:
         with pytest.raises(ValueError, match="a table's line is: role name dim") as error:
             family(f"block\n{line}")
         assert f"found {found!r}" in str(error.value)
-        assert "('embed', 'norm', 'read', 'write', 'head', 'post', 'route', 'inner')" in str(error.value)
+        assert "('embed', 'norm', 'read', 'write', 'head', 'post', 'route', 'inner', 'join')" in str(error.value)
 
     def test_a_dim_that_cant_be_read(self):
         with pytest.raises(ValueError, match="'hiden' is not an axis"):
