@@ -89,6 +89,15 @@ def wholes(family: Family) -> dict[str, dict[str, Any]]:
     return {name: _with_tower(family, text) for name, text in telling(family, _inside(family).text_type).items()}
 
 
+def default_whole(family: Family) -> dict[str, Any]:
+    """transformers' own config of a whole; what the text model's size is repeated in fits it."""
+    inside = _inside(family)
+    default = parsed({"model_type": family.model_types[0]}).to_dict()
+    config = {key: value for key, value in default.items() if value is not None}
+    config[inside.key] = {key: value for key, value in config[inside.key].items() if value is not None}
+    return _following(family, config)
+
+
 def random_whole(
     family: Family, config: Mapping[str, Any], folder: Path, *, name: str = "", dtype: torch.dtype = torch.float32
 ) -> Whole:
@@ -273,16 +282,20 @@ def _text_of(model: Any, inside: Inside) -> Any:
 
 
 def _with_tower(family: Family, text: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import AutoConfig
-
     inside, sizes = _inside(family), shape_of(family, text)
-    default = AutoConfig.for_model(family.model_types[0]).to_dict()
+    default = parsed({"model_type": family.model_types[0]}).to_dict()
     own = {key: value for key, value in text.items() if key != TIES}
     config: dict[str, Any] = {"model_type": family.model_types[0], TIES: text[TIES], inside.key: own}
     config |= {key: sizes["vocab_size"] - 1 - i for i, key in enumerate(_marks(default))}
     config |= {key: IMAGE_TOKENS for key in default if key == "mm_tokens_per_image"}
     config["vision_config"] = {key: TOWER.get(key, value) for key, value in default["vision_config"].items()}
-    for key, size in inside.follows.items():
+    return _following(family, config)
+
+
+def _following(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the text model's sizes where another part's repeats them."""
+    sizes = shape_of(family, text_config(family, config))
+    for key, size in _inside(family).follows.items():
         part, _, name = key.partition(".")
         config[part][name] = sizes[size]
     return config

@@ -14,6 +14,7 @@ from shearling.conformance.small import TELLING
 from shearling.conformance.targets import alone, together
 from shearling.conformance.towers import (
     Whole,
+    default_whole,
     defaults_of_parts,
     files_are_parts,
     identity_of_whole,
@@ -45,7 +46,8 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("model_type", towered())
 def test_the_table_is_the_whole(model_type: str) -> None:
     family = towered()[model_type]
-    require(table_is_whole(family, config, name) for name, config in wholes(family).items())
+    configs = {"defaults": default_whole(family), **wholes(family)}
+    require(table_is_whole(family, config, name) for name, config in configs.items())
     require(defaults_of_parts(family))
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from shearling import cli
 from shearling.arch import towered
 from shearling.conformance.towers import random_whole, wholes
 from shearling.recipe import Data, validated
 from shearling.verbs.data import make_store
+from shearling.verbs.inspect import inspect
 from shearling.verbs.prune import prune
 from shearling.verbs.source import Source
 
@@ -116,6 +117,20 @@ def test_from_inspect_to_eval(model_type, whole_folders, stores, tmp_path, capsy
     assert all(torch.equal(before[name], after[name]) for name in connectors)  # no text goes through them
 
 
+def test_inspect_of_a_config_as_they_are_published(tmp_path):
+    """Gemma 3 4B's, whose text part leaves out what its class fills in."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152, "patch_size": 14}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = inspect(str(tmp_path))
+    whole = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(whole)
+    assert found["parameters"] == sum(p.numel() for p in model.model.language_model.parameters()) == 3_880_263_168
+    assert found["beside"]["parameters"] == {"connectors": 1152 * 2560, "carried": None}
+    assert set(found["cut_along"]) == {"hidden", "layer", "kv_head", "group", "intermediate"}
+
+
 def test_the_results_load_in_a_fresh_process(whole_folders, stores, tmp_path, capsys, monkeypatch):
     """By masks, in bfloat16: as transformers' whole, nothing missing, nothing left over."""
     folders = []
@@ -127,7 +142,7 @@ def test_the_results_load_in_a_fresh_process(whole_folders, stores, tmp_path, ca
         assert code == 0, err
     script = """
 import sys, torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 for folder in sys.argv[1:]:
     # Its other code for experts multiplies by rows of 16 bytes alone.
     options = {"output_loading_info": True, "experts_implementation": "eager"}
