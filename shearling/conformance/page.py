@@ -4,11 +4,13 @@ Nothing here loads torch: `make docs` takes a second.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shearling.arch.file import digest
 from shearling.axes.axis import FOLLOWS, MASKABLE
 from shearling.axes.spec import Family
+from shearling.axes.target import uncut
 from shearling.conformance.terms import terms
 
 START, END = "<!-- made by `make docs`: start -->", "<!-- made by `make docs`: end -->"
@@ -93,10 +95,15 @@ def _section(family: Family, proofs: Proofs) -> Iterator[str]:
 
 
 def _limits(family: Family) -> Iterator[str]:
-    for axis, reason in family.uncut.items():
+    for axis, reason in {**_without_rotary(family), **family.uncut}.items():
         yield f"not along {axis}: {reason}"
     yield from (f"`{rule}`, which transformers' config insists on" for rule in family.divides)
     yield from (f"`{rule}`, in the model's code: these are cut together" for rule in family.coupled)
+
+
+def _without_rotary(family: Family) -> Mapping[str, str]:
+    reasons = uncut(replace(family, uncut={}), {})
+    return {axis: reason for axis, reason in reasons.items() if axis == "head_dim" and axis in family.axes}
 
 
 def _types(family: Family) -> str:
