@@ -128,13 +128,30 @@ def select(scores: Mapping[str, Sequence[Any]], *, source: Shape, target: Shape)
             along = scores[axis]
             for outer in place:
                 along = along[outer]
-            choices[place] = best(axis, along, wanted[axis], source.rotary)
+            choices[place] = best(axis, along, wanted[axis], source)
         kept = Kept({**kept.choices, axis: choices}, axes)
     return kept
 
 
-def best(axis: str, scores: Sequence[Any], kept: int, rotary: Sequence[str]) -> tuple[int, ...]:
-    """The `kept` entries of one place with the highest scores, ascending; along `rotary` the choice of its ways."""
+def best(axis: str, scores: Sequence[Any], kept: int, source: Shape) -> tuple[int, ...]:
+    """The `kept` entries of one place with the highest scores, ascending; of layers, some of every kind.
+
+    Along `rotary` the choice of its ways with the highest sum.
+    """
     if axis == "rotary":
-        return max(selections(rotary, len(scores), kept), key=lambda chosen: sum(scores[i] for i in chosen))
-    return tuple(sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:kept]))
+        return max(selections(source.rotary, len(scores), kept), key=lambda chosen: sum(scores[i] for i in chosen))
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    if axis == "layer" and source.kinds:
+        order = [*cover(source.kinds, order), *order]
+    return tuple(sorted(list(dict.fromkeys(order))[:kept]))
+
+
+def cover(kinds: Sequence[frozenset[str]], order: Sequence[int]) -> tuple[int, ...]:
+    """Few layers, the first in `order`, among which there is one of every kind that occurs."""
+    chosen: list[int] = []
+    missing = set().union(*kinds)
+    while missing:
+        layer = max(order, key=lambda i: len(kinds[i] & missing))  # the first of equals
+        chosen.append(layer)
+        missing -= kinds[layer]
+    return tuple(chosen)

@@ -30,12 +30,19 @@ class Shape(Mapping[str, int]):
     """Sizes by their standard names, in the order of KEYS, those that the model has; immutable.
 
     `fixed` are the family's sizes that are never cut, by the words that dims have for them; `rotary` how entries of the
-    axis of that name may be chosen (axes/rotary.py), empty where there is none.
+    axis of that name may be chosen (axes/rotary.py), empty where there is none; `kinds` what each layer is, if they differ.
     """
 
-    def __init__(self, sizes: Mapping[str, int], fixed: Mapping[str, int] | None = None, rotary: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        fixed: Mapping[str, int] | None = None,
+        *,
+        rotary: tuple[str, ...] = (),
+        kinds: tuple[frozenset[str], ...] = (),
+    ):
         self._sizes = {key: int(sizes[key]) for key in KEYS if key in sizes}
-        self.fixed, self.rotary = dict(fixed or {}), rotary
+        self.fixed, self.rotary, self.kinds = dict(fixed or {}), rotary, kinds
 
     def __getitem__(self, key: str) -> int:
         return self._sizes[key]
@@ -76,7 +83,7 @@ class Shape(Mapping[str, int]):
 
     def of(self, sizes: Mapping[str, int]) -> "Shape":
         """The same kind of model with these sizes."""
-        return Shape(sizes, self.fixed, self.rotary)
+        return Shape(sizes, self.fixed, rotary=self.rotary, kinds=self.kinds)
 
 
 def keys_of(family: Family, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -106,7 +113,8 @@ def shape_of(family: Family, config: Mapping[str, Any]) -> Shape:
             change="mend config.json",
         )
     fixed = {word: int(family.value(config, expression)) for word, expression in family.fixed.items()}
-    return Shape(sizes, fixed, ways(config) if "rotary" in family.axes else ())
+    rotary = ways(config) if "rotary" in family.axes else ()
+    return Shape(sizes, fixed, rotary=rotary, kinds=tuple(family.kinds(config)) if family.layer_rules else ())
 
 
 def _size(family: Family, config: Mapping[str, Any], key: str) -> int:

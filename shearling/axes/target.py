@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shearling.axes.index import cover
 from shearling.axes.rotary import selections, unturnable
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
@@ -56,7 +57,8 @@ def resolve_target(
     raise_all([_broken(rule, rules, family, source, wanted) for rule in rules if not rule.holds(sizes)])
     target = source.of(sizes)
     raise_all([_bound(axis, reasons[axis], source) for axis in reasons if _moves(axis, source, target)])
-    raise_all([*_misaligned(family, source, target, config or {}), *_unturned(source, target)])
+    found = (*_misaligned(family, source, target, config or {}), *_unturned(source, target), *_without_a_kind(target))
+    raise_all(list(found))
     followers = (key for key in source if sizes[key] != {**source, **wanted}[key])
     notes = [f"{key} follows {_leader(key, wanted)}: {sizes[key]}" for key in followers]
     if sizes.get("num_experts", source.fixed.get("top_k", 0)) < source.fixed.get("top_k", 0):
@@ -93,6 +95,16 @@ def _unturned(source: Shape, target: Shape) -> Iterator[UserError]:
         )
         change = f"choose head_dim={_closest(target['head_dim'], valid)}"
         yield UserError("target head_dim", found=target["head_dim"], expected=expected, change=change)
+
+
+def _without_a_kind(target: Shape) -> Iterator[UserError]:
+    """Fewer layers than there are kinds of them: each is there for something, and some classes want one of each."""
+    least = len(cover(target.kinds, range(len(target.kinds))))
+    layers = target["num_hidden_layers"]
+    if layers < least:
+        kinds = ", ".join(sorted(frozenset().union(*target.kinds)))
+        expected, change = f"at least {least}, one layer of each kind: {kinds}", f"choose num_hidden_layers={least}"
+        yield UserError("target num_hidden_layers", found=layers, expected=expected, change=change)
 
 
 def _standard(family: Family, source: Shape, wanted: Mapping[str, int]) -> dict[str, int]:

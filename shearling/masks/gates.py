@@ -112,7 +112,7 @@ class Gates(nn.Module, ABC):
 
 def _support(scores: Tensor, axis: str, source: Shape, target: Shape) -> Tensor:
     """1 on the entries of an axis that nothing encloses which these scores [size] keep, 0 elsewhere."""
-    kept = best(axis, scores.tolist(), target.axes[axis], source.rotary)
+    kept = best(axis, scores.tolist(), target.axes[axis], source)
     return torch.zeros(source.axes[axis]).index_fill(0, torch.tensor(kept), 1.0)
 
 

@@ -10,7 +10,7 @@ from small_models import LLAMAS
 from shearling.arch import family_of
 from shearling.axes.axis import AXES, MASKABLE, Dim, mask_shape
 from shearling.axes.count import expected_parameters, parameters
-from shearling.axes.index import Kept, kept_shape, places, positions, select
+from shearling.axes.index import Kept, cover, kept_shape, places, positions, select
 from shearling.axes.shape import KEYS, Shape
 
 SIZES = st.fixed_dictionaries(
@@ -165,3 +165,22 @@ def test_a_sum_of_products_lies_one_after_the_other() -> None:
     assert positions(dim, "head_dim", sizes) == [0, 1, 0, 1, 2, 3, 2, 3, -1, -1]
     kept = Kept({"kv_head": {(0,): (1,)}}, sizes)
     assert kept.rows(dim, 0) == [4, 5, 6, 7, 9]
+
+
+def test_of_layers_some_of_every_kind_stay() -> None:
+    kinds = tuple(frozenset({word}) for word in ("local", "local", "global", "local", "global"))
+    source = Shape({"num_hidden_layers": 5}, kinds=kinds)
+    scores = {"layer": [5, 4, 1, 3, 2]}
+    kept = {n: select(scores, source=source, target=source.of({"num_hidden_layers": n})).layers for n in (4, 3, 2)}
+    assert kept == {4: (0, 1, 3, 4), 3: (0, 1, 4), 2: (0, 4)}
+
+
+@given(st.lists(st.frozensets(st.sampled_from("abcd"), min_size=1), min_size=1, max_size=8), st.randoms())
+def test_whatever_the_kinds_are_all_of_them_stay(kinds: list[frozenset[str]], random: Any) -> None:
+    source = Shape({"num_hidden_layers": len(kinds)}, kinds=tuple(kinds))
+    scores = {"layer": [random.random() for _ in kinds]}
+    least = len(cover(source.kinds, range(len(kinds))))
+    for n in range(least, len(kinds)):
+        kept = select(scores, source=source, target=source.of({"num_hidden_layers": n})).layers
+        assert len(kept) == n
+        assert frozenset().union(*(kinds[layer] for layer in kept)) == frozenset().union(*kinds)
