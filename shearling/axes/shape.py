@@ -30,7 +30,8 @@ class Shape(Mapping[str, int]):
     """Sizes by their standard names, in the order of KEYS, those that the model has; immutable.
 
     `fixed` are the family's sizes that are never cut, by the words that dims have for them; `rotary` how entries of the
-    axis of that name may be chosen (axes/rotary.py), empty where there is none; `kinds` what each layer is, if they differ.
+    axis of that name may be chosen (axes/rotary.py), empty where there is none; `kinds` what each layer is, where they
+    differ.
     """
 
     def __init__(

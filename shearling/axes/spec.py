@@ -19,7 +19,7 @@ class Normalisation:
     """
 
     eps_attribute: str
-    eps_key: str
+    eps_key: str | float
     offset: float = 0.0
     centred: bool = False
 

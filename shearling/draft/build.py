@@ -75,7 +75,7 @@ def check_known(config: Mapping[str, Any]) -> None:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise Refused(f"transformers has no config of the type {model_type!r}")
     if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Refused(f"transformers has no causal decoder of the type {model_type!r}")

@@ -161,7 +161,7 @@ def _ordered(probe: Probe, layer: int) -> list[Part]:
 def embedding_scale(probe: Probe, part: Part) -> float:
     """What a row of the token table is multiplied by on its way into the stream. Raises Refused if there is none."""
     call = probe.trace.at(part.path)
-    weight = probe.model.get_parameter(f"{part.path}.weight").double()
+    weight = probe.model.get_parameter(f"{part.path}.weight").detach().double()
     rows: Tensor = weight[probe.trace.ids]
     ratio = float((call.output.double() * rows).sum() / rows.square().sum())
     if not same(call.output, ratio * rows):

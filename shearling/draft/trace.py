@@ -93,6 +93,7 @@ def explain(target: Tensor, candidates: Sequence[Tensor]) -> dict[int, float] | 
     Candidates of another number of entries are broadcast to the target's shape or left out.
     """
     columns = {j: column for j, c in enumerate(candidates) if (column := _as(c, target)) is not None}
+    found: dict[int, float] = {}
     for _ in range(2):  # a second time with the non-zero ones alone, for exact coefficients
         if not columns:
             return None
@@ -108,10 +109,10 @@ def explain(target: Tensor, candidates: Sequence[Tensor]) -> dict[int, float] | 
 
 def same(left: Tensor, right: Tensor) -> bool:
     """Whether two activations are equal entry by entry, whatever their leading dims."""
-    return left.numel() == right.numel() and bool(
-        (left.reshape(-1).double() - right.reshape(-1).double()).norm()
-        <= TOLERANCE * max(float(right.double().norm()), 1e-12)
-    )
+    if left.numel() != right.numel():
+        return False
+    left, right = left.detach().reshape(-1).double(), right.detach().reshape(-1).double()
+    return bool((left - right).norm() <= TOLERANCE * max(float(right.norm()), 1e-12))
 
 
 def _as(candidate: Tensor, target: Tensor) -> Tensor | None:

@@ -35,66 +35,85 @@ AutoConfig.register("silent_llama", SilentConfig)
 AutoModelForCausalLM.register(SilentConfig, SilentForCausalLM)
 
 
-def comes_in(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+def comes_in(parent: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """What the parent's own code does to the input of a child, whatever module stands there: a masked one too."""
+    _around(
+        parent, name, lambda child: child.register_forward_pre_hook(lambda _, x: (change(x[0]), *x[1:]), prepend=True)
+    )
 
 
-def goes_out(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    module.register_forward_hook(lambda _, args, output: change(output) if isinstance(output, Tensor) else output)
+def goes_out(parent: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """The same of its output."""
+
+    def changed(_: nn.Module, args: Any, output: Any) -> Any:
+        return change(output) if isinstance(output, Tensor) else output
+
+    _around(parent, name, lambda child: child.register_forward_hook(changed, prepend=True))
+
+
+def _around(parent: nn.Module, name: str, hook: Callable[[nn.Module], Any]) -> None:
+    handles: list[Any] = []
+    parent.register_forward_pre_hook(lambda it, *_: handles.append(hook(it.get_submodule(name))))  # a copy's own
+    parent.register_forward_hook(lambda *_: handles.pop().remove())
 
 
 def heads_permuted(model: Any) -> None:
     for layer in model.model.layers:
-        comes_in(layer.self_attn.o_proj, lambda x: x.flip(-1))
+        comes_in(layer.self_attn, "o_proj", lambda x: x.flip(-1))
 
 
 def heads_unlike(model: Any) -> None:
     """A slope for each head, as in ALiBi."""
     for layer in model.model.layers:
-        comes_in(layer.self_attn.o_proj, lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype))
+        comes_in(layer.self_attn, "o_proj", lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype))
 
 
 def feed_forward_normalised(model: Any) -> None:
     for layer in model.model.layers:
-        comes_in(layer.mlp.down_proj, lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
+        comes_in(layer.mlp, "down_proj", lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
 
 
 def scaled_by_width(model: Any) -> None:
     for layer in model.model.layers:
-        comes_in(layer.mlp.gate_proj, lambda x: x * (x.shape[-1] / 36))
+        comes_in(layer.mlp, "gate_proj", lambda x: x * (x.shape[-1] / 36))
 
 
 def scaled_by_depth(model: Any) -> None:
     for layer in model.model.layers:
-        comes_in(layer.mlp.down_proj, lambda x: x / model.config.num_hidden_layers)
+        comes_in(layer.mlp, "down_proj", lambda x: x / model.config.num_hidden_layers)
 
 
 def late_layers_differ(model: Any) -> None:
     for layer in list(model.model.layers)[6:]:
-        comes_in(layer.mlp.down_proj, lambda x: 0.5 * x)
+        comes_in(layer.mlp, "down_proj", lambda x: 0.5 * x)
 
 
 def channels_scaled(model: Any) -> None:
     for layer in model.model.layers:
-        comes_in(layer.mlp.gate_proj, lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype))
+        comes_in(layer.mlp, "gate_proj", lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype))
 
 
 def stream_scaled(model: Any) -> None:
-    goes_out(model.model.layers[0], lambda x: 1.5 * x)
+    goes_out(model.model, "layers.0", lambda x: 1.5 * x)
 
 
 def stream_normalised(model: Any) -> None:
-    goes_out(model.model.layers[0].mlp, lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
+    goes_out(model.model.layers[0], "mlp", lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
 
 
 def linear_doubles(model: Any) -> None:
     for layer in model.model.layers:
-        goes_out(layer.self_attn.q_proj, lambda x: 2 * x)
+        goes_out(layer.self_attn, "q_proj", lambda x: 2 * x)
 
 
 def norm_shifts(model: Any) -> None:
     for layer in model.model.layers:
-        goes_out(layer.input_layernorm, lambda x: x + 0.01)
+        goes_out(layer, "input_layernorm", lambda x: x + 0.01)
+
+
+def norm_is_another(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda _, args, output: output + 0.01)
 
 
 def logits_cubed(model: Any) -> None:
@@ -117,6 +136,7 @@ HOW: dict[str, Callable[[Any], None]] = {
             stream_normalised,
             linear_doubles,
             norm_shifts,
+            norm_is_another,
             logits_cubed,
         )
     },
@@ -136,6 +156,7 @@ def drafted(how: str, **settings: Any) -> Draft:
         ("heads_unlike", ALL - {"kv_head", "group"}),
         ("feed_forward_normalised", ALL - {"intermediate"}),
         ("scaled_by_width", ALL - {"hidden"}),
+        ("norm_shifts", ALL - {"hidden"}),
         ("scaled_by_depth", ALL - {"layer"}),
     ],
 )
@@ -154,11 +175,11 @@ def test_a_rule_that_shows_in_deep_models_alone() -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("channels_scaled", "no role of a table describes|in no module|reads the stream"),
+        ("channels_scaled", "no role of a table describes|in no module|reads the stream|FLOPs"),
         ("stream_scaled", "gives the stream on changed"),
         ("stream_normalised", "is not its input plus"),
         ("linear_doubles", "in a way that no role of a table describes"),
-        ("norm_shifts", "is no RMSNorm and no LayerNorm"),
+        ("norm_is_another", "is no RMSNorm and no LayerNorm"),
         ("logits_cubed", "something is done to the head's logits"),
     ],
 )
