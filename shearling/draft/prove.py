@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shearling.arch import adopt
 from shearling.axes.axis import MASKABLE
 from shearling.axes.spec import Family
+from shearling.axes.target import uncut
 from shearling.conformance.exact import masked_is_cut
 from shearling.conformance.finding import Finding
 from shearling.conformance.model import random_model
@@ -62,12 +63,12 @@ def _deep(family: Family, keys: Keys, shallow: int) -> Iterator[Finding]:
 def _judged(family: Family, proof: Proof, deep: list[Finding]) -> Proved:
     findings = [*proof.findings, *deep]
     broken = [finding for finding in findings if not finding.held]
-    whole = next((finding for finding in broken if not finding.of), None)
-    if whole is not None:
-        return Proved((), {}, str(whole), proof.errors)
+    wrong = next((finding for finding in broken if not finding.of), None)
+    if wrong is not None:
+        return Proved((), {}, str(wrong), proof.errors)
     failed = {axis: str(finding) for finding in reversed(broken) for axis in finding.of}
     tried = {axis for finding in findings for axis in finding.of}
     axes = tuple(axis for axis in MASKABLE if axis in tried and axis not in failed)
-    untried = {axis for axis in MASKABLE if axis in family.axes} - tried - set(family.uncut)
-    uncut = {**failed, **dict.fromkeys(untried, "no smaller size of it that the family allows was found")}
-    return Proved(axes, {axis: f"not proved: {why}" for axis, why in uncut.items()}, "", proof.errors)
+    untried = {axis for axis in MASKABLE if axis in family.axes} - tried - uncut(family, {}).keys()
+    whole = {**failed, **dict.fromkeys(untried, "no smaller size of it that the family allows was found")}
+    return Proved(axes, {axis: f"not proved: {why}" for axis, why in whole.items()}, "", proof.errors)
