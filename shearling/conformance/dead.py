@@ -34,7 +34,8 @@ def dead_units(made: Small, targets: Mapping[Unit, Shape]) -> Iterator[Finding]:
         killed = replace(made, model=_without_epsilons(deepcopy(made.model), made.family, made.config))
         kill(killed, {axis: (mask > 0).float() for axis, mask in masks.items()})
         ids = made.ids(seed=9)
-        batches = [made.ids(seed=seed) for seed in range(3)]
+        # Many tokens: a unit of a ReLU that none of them opens would look dead.
+        batches = [made.ids(sequences=16, seed=seed) for seed in range(3)]
         found = measure(killed.model, made.family, config=made.config, batches=batches)
         chosen = select({a: s.tolist() for a, s in found.scores.items()}, source=made.shape, target=target)
         wrong = sorted(axis for axis in unit if _chosen_otherwise(kept, chosen, axis, found.scores[axis]))

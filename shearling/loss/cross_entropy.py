@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from shearling.loss.logits import logit_cap, logits_of, scaled
+from shearling.loss.logits import logit_cap, logits_of, read_by_head
 
 CHUNK_TOKENS = 1024
 
@@ -40,10 +40,11 @@ def hidden_states(model: Any, ids: Tensor, *, position_ids: Tensor | None = None
 
 def head_inputs(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states, times what scales the logits, and the head's weight [V, D], in the dtype of their product."""
-    kind, hidden = hidden.device.type, scaled(model, hidden)
+    kind = hidden.device.type
+    hidden, weight = read_by_head(model, hidden)
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    return hidden, model.get_output_embeddings().weight.to(hidden.dtype)
+    return hidden, weight.to(hidden.dtype)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float | None = None) -> Tensor:

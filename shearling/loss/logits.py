@@ -12,7 +12,17 @@ from torch.nn import functional
 from shearling.arch import family_of
 
 
-def scaled(model: Any, hidden: Tensor) -> Tensor:
+def read_by_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head multiplies [..., D], scaled as the model does, and its weight [V, D]; a bias is one more channel."""
+    head = model.get_output_embeddings()
+    hidden, bias = _scaled(model, hidden), dict(head.named_parameters(recurse=False)).get("bias")
+    if bias is None:
+        return hidden, head.weight
+    ones = hidden.new_ones(*hidden.shape[:-1], 1)
+    return torch.cat([hidden, ones], -1), torch.cat([head.weight, bias.unsqueeze(-1)], -1)
+
+
+def _scaled(model: Any, hidden: Tensor) -> Tensor:
     """Hidden states times the factor that the model has for its logits (Granite, Cohere)."""
     keys = _keys(model)
     factor = 1.0

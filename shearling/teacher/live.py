@@ -9,7 +9,7 @@ from torch import Tensor
 from shearling.data.batch import Batch
 from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Dense, Taught
-from shearling.loss.logits import logit_cap, scaled
+from shearling.loss.logits import logit_cap, read_by_head
 from shearling.loss.streams import in_order, outputs_of
 
 
@@ -41,6 +41,6 @@ class LiveTeacher:
             outputs_of(self.model, self.blocks, channels=self._channels) as seen,
         ):
             hidden = hidden_states(self.model, batch.ids[:, :-1], position_ids=batch.position_ids)
-        hidden = scaled(self.model, hidden).flatten(0, 1)
-        dense = Dense(hidden, self.model.get_output_embeddings().weight, logit_cap(self.model))
+            hidden, weight = read_by_head(self.model, hidden)
+        dense = Dense(hidden.flatten(0, 1), weight, logit_cap(self.model))
         return Lesson(dense, in_order(seen, self.blocks))

@@ -13,7 +13,7 @@ from torch import Tensor
 from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Taught, blended_loss
-from shearling.loss.logits import logit_cap, scaled
+from shearling.loss.logits import logit_cap, read_by_head
 from shearling.loss.streams import Weights, in_order, outputs_of, stream_loss
 from shearling.train.objective import Losses, target_counts
 
@@ -76,9 +76,9 @@ class Distilled:
             hidden = hidden_states(model, batch.ids[:, :-1], position_ids=batch.position_ids)
         kind, targets = hidden.device.type, batch.targets
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weight = model.get_output_embeddings().weight
+        hidden, weight = read_by_head(model, hidden)
         total, loss, kl = blended_loss(
-            scaled(model, hidden).flatten(0, 1),
+            hidden.flatten(0, 1),
             weight,
             targets.flatten(),
             lesson.taught,
