@@ -13,7 +13,10 @@ from shearling.arch import family_of
 
 
 def read_by_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head multiplies [..., D], scaled as the model does, and its weight [V, D]; a bias is one more channel."""
+    """What the head multiplies, [..., D], scaled as the model does, and its weight [V, D].
+
+    A bias is one more channel, of ones.
+    """
     head = model.get_output_embeddings()
     hidden, bias = _scaled(model, hidden), dict(head.named_parameters(recurse=False)).get("bias")
     if bias is None:
