@@ -110,8 +110,10 @@ class Rows:
             for own in call.own:
                 yield Line("inner", f"{star}.{own}", self.dims(f"{part.path}.{own}", None))
         else:
-            kind, does = type(call.module).__name__, {"experts": "holds experts"}.get(part.role, f"{part.role}s the stream")
-            raise Refused(f"{part.path}, a {kind}, {does} in a way that no role of a table describes")
+            does = "holds experts" if part.role == "experts" else f"{part.role}s the stream"
+            raise Refused(
+                f"{part.path}, a {type(call.module).__name__}, {does} in a way that no role of a table describes"
+            )
 
     def missing(self, lines: Sequence[Line], layer: int) -> list[str]:
         """Parameters of a block that no line stands for."""
