@@ -4,7 +4,8 @@
     python benchmarks/conformance.py llama qwen3           # these
     python benchmarks/conformance.py --compile inductor    # a masked step of every type, compiled, against eager
 
-Figures go to benchmarks/conformance.json, from which `make docs` makes docs/families.md.
+Figures go to benchmarks/conformance.json, from which `make docs` makes docs/families.md; those of --compile to
+benchmarks/compiled.json.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from shearling.conformance.training import compiled
 
 HERE = Path(__file__).resolve().parent
 BATCH = 6  # model types whose cuts one fresh process loads again
-RESULT = HERE / "conformance.json"
+RESULT, COMPILED = HERE / "conformance.json", HERE / "compiled.json"
 CONFIGS = HERE.parents[1] / "shared" / "data" / "configs"
 
 
@@ -43,8 +44,11 @@ def main() -> None:
     torch.set_num_threads(1)
     known = {model_type: family for family in families() for model_type in family.model_types}
     if asked.compile:
+        done = json.loads(COMPILED.read_text()) if COMPILED.is_file() else {}
         for model_type in asked.types or known:
-            compile_one(known[model_type], model_type, asked.compile)
+            found = compile_one(known[model_type], model_type, asked.compile)
+            done.setdefault(asked.compile, {})[model_type] = found
+            COMPILED.write_text(json.dumps(done, indent=1) + "\n")
         return
     results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     wanted = [(known[t], t) for t in asked.types] or stale(families(), results)
@@ -109,13 +113,17 @@ def proved_configs(family: Family, model_type: str) -> dict[str, Any]:
     return {name: config for name, config in found.items() if table_is_model(family, config, name).held}
 
 
-def compile_one(family: Family, model_type: str, backend: str) -> None:
+def compile_one(family: Family, model_type: str, backend: str) -> dict[str, Any]:
+    """Errors of loss and gradients, compiled, by check; what was wrong where that isn't a number."""
     name, config = next(iter(telling(family, model_type).items()))
     made = random_model(family, config, name=f"{model_type}, {name}")
     axes = dict.fromkeys(axis for unit in alone(made) for axis in unit)
     target = next(iter(together(made, axes=axes).values()))
+    found = {}
     for finding in compiled(made, target, backend=backend):
         print("held  " if finding.held else "BROKEN", finding, flush=True)
+        found[finding.check] = finding.error if not finding.why else finding.why
+    return found
 
 
 if __name__ == "__main__":
