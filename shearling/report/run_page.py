@@ -22,7 +22,12 @@ MASK_SHAPES = {
     "layer": "layers",
     "kv_head": "key-value heads",
     "group": "query heads, those of one key-value head side by side",
+    "head_dim": "entries of v in each head, those of one key-value head side by side",
+    "rotary": "entries of q and k in each head, one choice for all",
     "intermediate": "intermediate (feed-forward) channels",
+    "expert": "experts",
+    "moe_intermediate": "channels inside experts, those of one expert side by side",
+    "shared_intermediate": "channels of the shared expert",
 }
 
 

@@ -128,7 +128,7 @@ def test_inspect_of_a_config_as_they_are_published(tmp_path):
         model = AutoModelForImageTextToText.from_config(whole)
     assert found["parameters"] == sum(p.numel() for p in model.model.language_model.parameters()) == 3_880_263_168
     assert found["beside"]["parameters"] == {"connectors": 1152 * 2560, "carried": None}
-    assert set(found["cut_along"]) == {"hidden", "layer", "kv_head", "group", "intermediate"}
+    assert set(found["cut_along"]) == {"hidden", "layer", "kv_head", "group", "head_dim", "intermediate"}
 
 
 def test_the_results_load_in_a_fresh_process(whole_folders, stores, tmp_path, capsys, monkeypatch):

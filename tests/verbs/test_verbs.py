@@ -16,6 +16,7 @@ from shearling.axes.shape import shape_of
 from shearling.data.store import Store
 from shearling.recipe import Data, validated
 from shearling.record import read
+from shearling.report.run_page import write_run_page
 from shearling.verbs.data import make_store
 from shearling.verbs.evaluate import evaluate
 from shearling.verbs.heal import heal
@@ -67,6 +68,22 @@ def in_dtype(folder: Path, dtype: torch.dtype) -> Path:
     settings = {**config(folder), "dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_are_cut_too(tmp_path, model_folder, store_folder, ask_prune, method):
+    out = tmp_path / "cut"
+    cut = prune(
+        str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method=method, to={"head_dim": 4})
+    )
+    origin, settings, source = json.loads((out / "shearling.json").read_text()), config(out), config(model_folder)
+    kept, measured = origin["kept"], {key: origin["measured"][key] for key in ("seq_len", "windows")}
+    assert settings["head_dim"] == 4
+    assert len(kept["head_dim"]) == source["num_hidden_layers"] * source["num_key_value_heads"]
+    assert [len(choice["kept"]) for choice in kept["rotary"]] == [4]
+    assert evaluate(str(out), data=str(store_folder), **measured).losses == pytest.approx(cut.losses, rel=1e-5)
+    page = write_run_page(tmp_path / "page.html", title="heads", folders={"prune": out}).read_text()
+    assert (method == "masks") is ("entries of q and k in each head" in page)
 
 
 @pytest.mark.parametrize("method", METHODS)
