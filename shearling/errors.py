@@ -30,6 +30,14 @@ class UserErrors(UserError):
         return UserErrors, (self.errors,)
 
 
+class Stopped(BaseException):
+    """A run that was asked to stop by a signal, has saved what it is at and can go on."""
+
+    def __init__(self, signal: int, said: str):
+        self.signal = signal
+        super().__init__(said)
+
+
 def raise_all(errors: Sequence[UserError]) -> None:
     """Raises what has been collected, if anything: one error as itself, several together."""
     if len(errors) == 1:

@@ -32,6 +32,15 @@ class Record:
                 change="choose another place or mend its permissions",
             ) from error
 
+    @property
+    def nbytes(self) -> int:
+        """How long it is."""
+        return os.stat(self.path).st_size
+
+    def cut(self, nbytes: int) -> None:
+        """Forgets what was written after it was so long."""
+        os.truncate(self.path, nbytes)
+
     def write(self, event: str, /, **fields: object) -> None:
         """Appends one event, with its time (UTC, ISO 8601), and hands it to the operating system before returning.
 

@@ -63,5 +63,7 @@ def _publish(stage: Path, out: Path) -> Path:
     publishing = Stage(out, {"verb": "publish", "stage": stage.name, "record": (stage / "stage.json").read_text()})
     if not publishing.done:
         with publishing as folder:
-            shutil.copytree(stage, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
+            shutil.copytree(
+                stage, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json", "checkpoints")
+            )
     return out

@@ -21,6 +21,10 @@ def starts_over(partial: Path) -> bool:
     return False
 
 
+def untouched(out: Path) -> None:
+    """Of a stage whose folder is as it is to be."""
+
+
 class Stage:
     """Works in `OUT.partial/`, which becomes `OUT` by one rename when the `with` block ends without an exception.
 
@@ -28,7 +32,8 @@ class Stage:
     settings. A `.partial` of the same identity, left by a process that died, is emptied and started over unless it is
     `resumable`: then it stays as it is, and whoever works in it clears what it can't use. Whatever else is in the way
     is a UserError, and nothing is touched. After any exception `OUT` is absent and `.partial` stays; but exceptions of
-    the kind `discard` leave none that isn't resumable.
+    the kind `discard` leave none that isn't resumable. `tidy` takes out of `OUT` what was for going on from: only then,
+    as without it a kill just before the rename would cost everything.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Stage:
         identity: Mapping[str, object],
         *,
         resumable: Callable[[Path], bool] = starts_over,
+        tidy: Callable[[Path], None] = untouched,
         discard: type[BaseException] | None = None,
     ):
         self.out = Path(os.path.abspath(Path(out).expanduser()))
@@ -45,13 +51,16 @@ class Stage:
         # too, and unlike a lock on the folder itself it holds on NFS, where flock wants a file open for writing.
         self.lock = self.out.with_name(f"{self.out.name}.partial.lock")
         self.identity = json.loads(_canonical(identity))
-        self.resumable, self.discard = resumable, discard
+        self.resumable, self.tidy, self.discard = resumable, tidy, discard
         self._held = contextlib.ExitStack()
 
     @property
     def done(self) -> bool:
         """Whether `out` is finished and of this identity. Only a whole folder ever gets that name."""
-        return self._is_ours(_stored_identity(self.out))
+        if not self._is_ours(_stored_identity(self.out)):
+            return False
+        self.tidy(self.out)  # again: whoever finished it may have been killed right then
+        return True
 
     def __enter__(self) -> Path:
         """The folder to write into, empty but for stage.json where it isn't resumable.
@@ -76,6 +85,7 @@ class Stage:
                 _sync_tree(self.partial)
                 os.rename(self.partial, self.out)
                 sync(self.out.parent)
+                self.tidy(self.out)
             elif self.discard and issubclass(kind, self.discard) and not self.resumable(self.partial):
                 shutil.rmtree(self.partial)
 

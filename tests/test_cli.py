@@ -210,7 +210,7 @@ def test_three_mistakes_as_commands(workplace, stored):
     assert not list(workplace.glob("never*"))
 
 
-def test_ctrl_c_leaves_nothing_and_the_same_command_then_completes(workplace, stored):
+def test_ctrl_c_saves_and_the_same_command_then_goes_on(workplace, stored):
     words = ["prune", "model", "--to", "hidden_size=24", "--method", "masks", "--data", "store", "--out", "small"]
     words += ["--steps", 200, "--seq-len", 16, "--batch-tokens", 64, "--json"]
     record = workplace / "small.partial" / "record.jsonl"
@@ -229,12 +229,16 @@ def test_ctrl_c_leaves_nothing_and_the_same_command_then_completes(workplace, st
         process.send_signal(signal.SIGINT)
         _, told = process.communicate()
     assert process.returncode == 130
-    assert told.endswith("interrupted: what wasn't finished is not under its output's name\n")
+    step = int(re.search(r"stopped at step (\d+), which is saved: the same command goes on from there\n$", told)[1])
     assert not (workplace / "small").exists()
 
     result = shell(*words, cwd=workplace)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["done_before"] is False
+    events = [json.loads(line) for line in (workplace / "small" / "record.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [step]
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 201))
+    assert not (workplace / "small" / "checkpoints").exists()
     assert len(result.stdout.splitlines()) == 1
     assert json.loads((workplace / "small" / "config.json").read_text())["hidden_size"] == 24
     assert not list(workplace.glob("small.partial*"))

@@ -41,6 +41,7 @@ Separate = Annotated[
     bool, typer.Option("--separate-documents", help="Keep documents apart in attention and positions.")
 ]
 Workers = Annotated[int | None, typer.Option(help="Threads that read ahead; 0 for none.")]
+SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints; left out, ten minutes.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 

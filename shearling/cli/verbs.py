@@ -1,10 +1,11 @@
 """The verbs as commands: parse, call, print."""
 
 import logging
+import signal as os_signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +31,7 @@ from shearling.cli.options import (
     Out,
     Reference,
     Repeats,
+    SaveEvery,
     Seed,
     Separate,
     SeqLen,
@@ -55,7 +57,7 @@ from shearling.cli.show import (
     print_table,
     say_done,
 )
-from shearling.errors import UserError
+from shearling.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     pass
@@ -68,7 +70,7 @@ app = typer.Typer(
     help="Shears a pretrained language model to exactly the shape you ask for.",
 )
 
-INTERRUPTED = 130  # what typer exits with on Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # what typer exits with on Ctrl-C, and what a shell calls SIGTERM
 
 
 def _version(asked: bool) -> None:
@@ -277,6 +279,7 @@ def prune(
     at_end: AtEnd = None,
     separate_documents: Separate = False,
     workers: Workers = None,
+    save_every: SaveEvery = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -292,6 +295,7 @@ def prune(
     masks = those_given(relaxation=relaxation, start=start, lr=mask_lr)
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    training |= those_given(save_every=save_every)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -341,6 +345,7 @@ def heal(
     at_end: AtEnd = None,
     separate_documents: Separate = False,
     workers: Workers = None,
+    save_every: SaveEvery = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -355,6 +360,7 @@ def heal(
 
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
+    asked |= those_given(save_every=save_every)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}
@@ -481,16 +487,24 @@ def demo(out: Out = "demo", seed: Seed = 0, as_json: Json = False) -> None:
     raise typer.Exit(0 if found.passed else 1)
 
 
+def _terminated(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
-    """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, anything else with 1."""
+    """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, SIGTERM with 143, else with 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("shearling").setLevel(logging.INFO)
+    os_signal.signal(os_signal.SIGTERM, _terminated)  # where nobody saves first
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
     except SystemExit as done:
-        if done.code == INTERRUPTED:
+        if done.code in (INTERRUPTED, TERMINATED):
             print("interrupted: what wasn't finished is not under its output's name", file=sys.stderr)
         raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from shearling.data.batch import Batch
+from shearling.errors import UserError
 from shearling.train.objective import Losses, Objective
-from shearling.train.step import Draw, Evaluate, Log, OnStep, Settings, State, Steering, Term
+from shearling.train.optim import not_finite, step_unless
+from shearling.train.step import Draw, Evaluate, Keep, Log, OnStep, Settings, State, Steering, Term
 
 
 def train(
@@ -24,16 +27,20 @@ def train(
     terms: Sequence[Term] = (),
     evaluate: Evaluate | None = None,
     steering: Steering | None = None,
+    keep: Keep | None = None,
     log: Log = lambda event, **fields: None,
     on_step: OnStep = lambda step, loss, excess: None,
 ) -> State:
     """Trains `model` from `state.step` to `settings.steps`, or to the data's end, and returns the state it ends in.
 
     Each optimizer's groups hold their peak rate as `peak_lr`; the schedule multiplies all of them. Groups marked
-    `clip=False` are left out of gradient clipping. Events logged: "step", "held_out", "mixture", "data_ended".
+    `clip=False` are left out of gradient clipping. A step whose gradients aren't finite changes no weights. Raises
+    UserError after so many of them in a row. Events logged: "step", "skipped", "held_out", "mixture", "data_ended".
     """
     device = next(model.parameters()).device
-    clipped = [p for opt in optimizers for g in opt.param_groups if g.get("clip", True) for p in g["params"]]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    clipped = [p for group in groups if group.get("clip", True) for p in group["params"]]
+    others = [p for group in groups if not group.get("clip", True) for p in group["params"]]
     started, seen, waited = perf_counter(), state.tokens, 0.0
     while state.step < settings.steps:
         step, before = state.step, perf_counter()
@@ -48,35 +55,63 @@ def train(
         for term in terms:
             term.backward(step)
         norm = torch.nn.utils.clip_grad_norm_(clipped, settings.clip_norm)
+        left_out = not_finite(others, norm)
         share = settings.schedule(step, settings.steps)
+        for group in groups:
+            group["lr"] = group["peak_lr"] * share
+        step_unless(left_out, optimizers)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for term in terms:
             term.end(step)
-        state = state.after(settings.batch_tokens, sampler, losses)
+        state = state.after(settings.batch_tokens, sampler, losses, left_out)
         if state.step % settings.log_every == 0 or state.step == settings.steps:
             seconds = perf_counter() - started
             fields = {**losses.means(), "gradient_norm": float(norm), "lr_share": share, "tokens": state.tokens}
             fields |= {"tokens_per_second": (state.tokens - seen) / seconds, "data_wait_share": waited / seconds}
             log("step", step=state.step, **fields, **{k: v for term in terms for k, v in term.metrics().items()})
+            _check_skipped(state, losses, settings, log, keep)
             on_step(state.step, fields["loss"], state.mixture.excess)
-        if state.step == settings.steps:
-            break
-        mixing = steering if steering and state.step % steering.every == 0 else None
-        measured = {}
-        if evaluate and (_is_due(state.step, settings.eval_every) or (mixing and mixing.wants_held_out)):
-            measured["held_out"] = evaluate()
-            log("held_out", step=state.step, tokens=state.tokens, losses=measured["held_out"])
-        if mixing:
-            assert state.tally is not None
-            trained = state.tally.by_domain(settings.domains)
-            mixture, said = mixing(state.mixture, {**trained, **measured})
-            log("mixture", step=state.step, tokens=state.tokens, **said)
-            state = replace(state, mixture=mixture, tally=None)
+        if state.step < settings.steps:
+            state = _look_up(state, settings, evaluate, steering, log)
+        if keep:
+            keep(state)
     return state
+
+
+def _look_up(state: State, settings: Settings, evaluate: Evaluate | None, steering: Steering | None, log: Log) -> State:
+    """Held-out losses and the mixture, where they are due; the state with what the next step is to follow."""
+    mixing = steering if steering and state.step % steering.every == 0 else None
+    measured = {}
+    if evaluate and (_is_due(state.step, settings.eval_every) or (mixing and mixing.wants_held_out)):
+        measured["held_out"] = evaluate()
+        log("held_out", step=state.step, tokens=state.tokens, losses=measured["held_out"])
+    if mixing is None:
+        return state
+    assert state.tally is not None
+    trained = state.tally.by_domain(settings.domains)
+    mixture, said = mixing(state.mixture, {**trained, **measured})
+    log("mixture", step=state.step, tokens=state.tokens, **said)
+    return replace(state, mixture=mixture, tally=None)
+
+
+def _check_skipped(state: State, losses: Losses, settings: Settings, log: Log, keep: Keep | None) -> None:
+    """Says so if steps were left out. Raises UserError if that were too many in a row."""
+    assert state.skipped is not None
+    in_a_row, in_all = state.skipped.tolist()
+    if not in_a_row:
+        return
+    named = losses.by_domain(settings.domains)["loss"]
+    domains = [d for d, loss in named.items() if loss is not None and not isfinite(loss)]
+    log("skipped", step=state.step, in_a_row=in_a_row, in_all=in_all, domains=domains)
+    if in_a_row >= settings.skip_at_most:
+        of = f" (of the loss of {', '.join(domains)})" if domains else ""
+        raise UserError(
+            "training",
+            found=f"gradients{of} that aren't finite, in {in_a_row} steps in a row up to step {state.step}",
+            expected=f"fewer than {settings.skip_at_most}",
+            change=f"lower --lr, or look at the data; the last good checkpoint: {keep.last if keep else 'none'}",
+        )
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,8 +1,10 @@
 """Optimizers and the rates that they start from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 BETAS = (0.9, 0.95)  # Sheared-LLaMA; no weight decay there either
@@ -13,6 +15,27 @@ def adamw(params: Iterable[nn.Parameter], *, lr: float) -> Optimizer:
     chosen = [p for p in params if p.requires_grad]
     fused = chosen[0].device.type in ("cuda", "cpu")
     return AdamW([{"params": chosen, "peak_lr": lr}], lr=lr, betas=BETAS, weight_decay=0.0, fused=fused)
+
+
+def step_unless(left_out: Tensor, optimizers: Sequence[Optimizer]) -> None:
+    """Steps all of them, or none where `left_out`, a float on their device, is 1.
+
+    Fused ones are told so by a tensor, as GradScaler does it, and nobody waits for the device.
+    """
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused"):
+            told: Any = optimizer
+            told.grad_scale, told.found_inf = None, left_out
+            optimizer.step()
+        elif not bool(left_out):
+            optimizer.step()
+
+
+def not_finite(parameters: Iterable[Tensor], norm: Tensor) -> Tensor:
+    """1.0 if `norm` or the gradient of some of these parameters isn't finite, else 0.0."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    other = torch.nn.utils.get_total_norm(gradients).to(norm.device) if gradients else torch.zeros_like(norm)
+    return 1.0 - torch.isfinite(norm + other).float()
 
 
 def default_lr(parameters: int) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from shearling.data.batch import Batch
 from shearling.train.objective import Losses
@@ -24,6 +25,7 @@ class Settings:
     clip_norm: float = 1.0
     eval_every: int = 0  # steps between held-out losses; 0: only at the ends
     log_every: int = 1
+    skip_at_most: int = 10  # steps in a row whose gradients aren't finite
     autocast: torch.dtype | None = None
 
     @property
@@ -44,7 +46,8 @@ class MixtureInForce(Protocol):
 class State:
     """Where a run is. With the weights, the optimizers and the terms' own state, all that the next step depends on.
 
-    `tally`: the losses by domain since the mixture was last updated.
+    `tally`: the losses by domain since the mixture was last updated. `skipped` int64 [2]: the steps left out because
+    their gradients weren't finite, in a row by now and in all.
     """
 
     step: int
@@ -52,10 +55,15 @@ class State:
     sampler: Any
     mixture: Any  # a MixtureInForce, which only its Steering looks into
     tally: Losses | None = None
+    skipped: Tensor | None = None
 
-    def after(self, tokens: int, sampler: Any, losses: Losses) -> "State":
+    def after(self, tokens: int, sampler: Any, losses: Losses, left_out: Tensor) -> "State":
+        """After a step; `left_out` is 1 if it was."""
         tally = losses if self.tally is None else self.tally + losses
-        return replace(self, step=self.step + 1, tokens=self.tokens + tokens, sampler=sampler, tally=tally)
+        in_a_row, in_all = (0, 0) if self.skipped is None else self.skipped.unbind()
+        skipped = torch.stack([(in_a_row + 1) * left_out, in_all + left_out]).long()
+        step, tokens = self.step + 1, self.tokens + tokens
+        return replace(self, step=step, tokens=tokens, sampler=sampler, tally=tally, skipped=skipped)
 
 
 class Term(Protocol):
@@ -75,6 +83,19 @@ class Term(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """Figures for the record."""
+        ...
+
+
+class Keep(Protocol):
+    """Who saves the run as it goes."""
+
+    def __call__(self, state: State) -> None:
+        """After each step: may save, and may end the run by raising."""
+        ...
+
+    @property
+    def last(self) -> str:
+        """Where the last checkpoint is, for messages."""
         ...
 
 

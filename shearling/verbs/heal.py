@@ -8,8 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from shearling.data.store import Store
 from shearling.loss.held_out import by_domain
 from shearling.recipe import Heal
@@ -20,6 +18,7 @@ from shearling.train.optim import adamw
 from shearling.train.step import State
 from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.balancing import balanced
+from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, tidied
 from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -66,7 +65,8 @@ def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = Non
     teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why)
     identity = {"verb": "heal", **source.identity(), "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
-    stage = Stage(Path(out), {**identity, **(teaching.identity() if teaching else {})})
+    identity |= teaching.identity() if teaching else {}
+    stage = Stage(Path(out), identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
     if stage.done:
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
@@ -106,18 +106,13 @@ class Healing:
 
     def run(self, watch: Watch) -> Healed:
         """The phases in order, and the losses before and after."""
-        source, first, record = self.source, self.phases[0].session, Record(self.folder / "record.jsonl")
-        record.write("heal", versions=versions(), **first.describe())
-        model = load_model(source.folder, device=first.device)
-        before = first.measure(model)
-        record.write("held_out", step=0, of="cut", **by_domain(before))
-        first.prepare(model, self.asked)
-        optimizer, states = adamw(model.parameters(), lr=first.lr), []
-        for number, phase in enumerate(self.phases):
-            states.append(self.train(model, number, phase, states, optimizer, record, watch))
+        source, first, keeping = self.source, self.phases[0].session, Keeping(self.folder, self.asked)
+        record = keeping.record
+        with keeping:
+            model, before, states = self.heal(keeping, watch)
         layers = tuple(range(source.shape["num_hidden_layers"]))
         source.save(self.folder, shape=source.shape, layers=layers, dtype=self.asked.dtype, tensor=source.reader(model))
-        del model, optimizer
+        del model
         # Of what was saved, which may have been rounded.
         after = by_domain(first.measure(load_model(self.folder, device=first.device)))
         record.write("held_out", step=states[-1].step, of="healed", **after)
@@ -126,7 +121,7 @@ class Healing:
         result = Healed(
             out=self.out,
             parameters=source.parameters,
-            losses_before=by_domain(before)["losses"],
+            losses_before=before["losses"],
             losses=after["losses"],
             standard_errors=after["standard_errors"],
             tokens=tokens[-1],
@@ -135,27 +130,51 @@ class Healing:
         write_origin(self.folder, {**source.origin(), "healed": figures(result)})
         return result
 
+    def heal(self, keeping: Keeping, watch: Watch) -> tuple[Any, dict[str, Any], list[State]]:
+        """The model after all phases, its losses before them, and the state that each phase ended in."""
+        first, record, saved = self.phases[0].session, keeping.record, keeping.saved
+        model = load_model(self.source.folder, device=first.device)
+        if saved is None:
+            record.write("heal", versions=versions(), **first.describe())
+            before = by_domain(first.measure(model))
+            record.write("held_out", step=0, of="cut", **before)
+        else:
+            before = saved.plain["losses"]
+        first.prepare(model, self.asked)
+        held = Held(model, (adamw(model.parameters(), lr=first.lr),), {})
+        keeping.take_up(held)
+        states = keeping.states(first.device)
+        for number in range(max(0, len(states) - 1), len(self.phases)):
+            ended, at = states[:number], states[number] if number < len(states) else None
+            kept = keeping.keep(held, ended, losses=before)
+            states[number:] = [self.train(held, number, ended, at, kept, record, watch)]
+        return model, before, states
+
     def train(
         self,
-        model: Any,
+        held: Held,
         number: int,
-        phase: PhasePlan,
         before: Sequence[State],
-        optimizer: Optimizer,
+        at: State | None,
+        kept: Kept,
         record: Record,
         watch: Watch,
     ) -> State:
-        """One phase, from where the last one left the tokens' count; gives the state it ends in."""
+        """One phase, from the state `at` or from where the last one left the tokens' count; the state it ends in."""
+        phase, model = self.phases[number], held.model
         session, title = phase.session, "healing"
-        state = session.state()
+        state = at or session.state()
         if len(self.phases) > 1:
             title = f"healing, phase {number + 1}"
-            record.write("phase", number=number + 1, **session.describe())
-        if before:
-            last = self.phases[number - 1]
-            same = phase.same_mixture and last.same_mixture
-            state = session.state_after(before[-1], last.session, same_mixture=same)
-        record.write("mixture", step=0, tokens=state.tokens, **session.describe_mixture(state))
+        if at is None:
+            if len(self.phases) > 1:
+                record.write("phase", number=number + 1, **session.describe())
+            if before:
+                last = self.phases[number - 1]
+                same = phase.same_mixture and last.same_mixture
+                state = session.state_after(before[-1], last.session, same_mixture=same)
+            record.write("mixture", step=0, tokens=state.tokens, **session.describe_mixture(state))
+        (optimizer,) = held.optimizers
         for group in optimizer.param_groups:
             group["peak_lr"] = session.lr
         distilled = self.teaching.objective(session) if self.teaching else None
@@ -172,6 +191,7 @@ class Healing:
                 terms=[part for part in (distilled, balance) if part],
                 evaluate=session.evaluate(model),
                 steering=session.steering,
+                keep=kept,
                 log=record.write,
                 on_step=watch(title, session.settings.steps),
             )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from shearling.axes.count import parameters
 from shearling.axes.index import Kept, select
 from shearling.axes.shape import Shape
@@ -19,12 +21,13 @@ from shearling.masks.attach import Attached
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.relaxations import make_gates
 from shearling.recipe import Prune
-from shearling.record import Record, versions
+from shearling.record import versions
 from shearling.stage import Stage
 from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
+from shearling.verbs.keeping import Held, Keeping, has_checkpoint, tidied
 from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -75,7 +78,8 @@ def prune(
         notes = (*notes, note)
     teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="")
     identity = {"verb": "prune", **source.identity(), "data": store.digest, "references": references}
-    stage = Stage(Path(out), {**identity, **asked.identity(), **(teaching.identity() if teaching else {})})
+    identity |= {**asked.identity(), **(teaching.identity() if teaching else {})}
+    stage = Stage(Path(out), identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
     if stage.done:
         return _read_back(stage.out)
     for note in (*notes, *session.notes):
@@ -117,23 +121,29 @@ class Pruning:
 
     def run(self, watch: Watch) -> Pruned:
         """Scores, perhaps learned masks, the cut, and the losses before and after."""
-        source, session, record = self.source, self.session, Record(self.folder / "record.jsonl")
-        chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
-        record.write("prune", **chosen, versions=versions(), **session.describe())
-        model = load_model(source.folder, device=session.device)
-        before = by_domain(session.measure(model))
-        record.write("held_out", step=0, of="source", **before)
-        calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
-        importance = measure(model, source.family, config=source.config, batches=calibration)
-        misses, flops, read = (), 0.0, source.read
-        if self.asked.method == "masks" and self.target != source.shape:
-            aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
-            cut, misses, tokens = replace(self, session=aim).learn(model, importance, record, watch)
-            taught = self.teaching.flops(session, tokens) if self.teaching else 0.0
-            flops, read = session.flops(source, source.shape, tokens=tokens) + taught, source.reader(model)
-        else:
-            cut = self.score(importance)
-            del model
+        source, session, keeping = self.source, self.session, Keeping(self.folder, self.asked)
+        record, misses, flops, read = keeping.record, (), 0.0, source.read
+        with keeping:
+            model = load_model(source.folder, device=session.device)
+            if keeping.saved is None:
+                chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
+                record.write("prune", **chosen, versions=versions(), **session.describe())
+                before = by_domain(session.measure(model))
+                record.write("held_out", step=0, of="source", **before)
+                calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
+                importance = measure(model, source.family, config=source.config, batches=calibration)
+                scores = importance.scores
+            else:
+                before, importance, scores = keeping.saved.plain["losses"], None, keeping.tensors("scores")
+            if self.learns:
+                aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
+                cut, misses, tokens = replace(self, session=aim).learn(model, scores, before, keeping, watch)
+                taught = self.teaching.flops(session, tokens) if self.teaching else 0.0
+                flops, read = session.flops(source, source.shape, tokens=tokens) + taught, source.reader(model)
+            else:
+                assert importance is not None
+                cut = self.score(importance)
+                del model
         record.write("cut", kept=cut.kept.to_json(), misses=list(misses))
         config = source.save(
             self.folder,
@@ -159,6 +169,11 @@ class Pruning:
         write_origin(self.folder, self.origin(cut.kept, result))
         return result
 
+    @property
+    def learns(self) -> bool:
+        """Whether masks are learned."""
+        return self.asked.method == "masks" and self.target != self.source.shape
+
     def score(self, importance: Importance) -> Cut:
         """The cut that one-shot scores choose, its norms' energy made good."""
         scores = {axis: score.tolist() for axis, score in importance.scores.items()}
@@ -167,17 +182,17 @@ class Pruning:
         return Cut(self.source.family, self.source.config, self.target, kept, norm_scales=scales)
 
     def learn(
-        self, model: Any, importance: Importance, record: Record, watch: Watch
+        self, model: Any, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
     ) -> tuple[Cut, tuple[str, ...], int]:
         """Trains masks and weights together: the cut, what missed its target, and the tokens that it took.
 
-        The model ends as its own modules with the trained weights.
+        The model ends as its own modules with the trained weights. `scores` and the losses `before` are the source's.
         """
-        source, session, steps = self.source, self.session, self.session.settings.steps
+        source, session, steps, record = self.source, self.session, self.session.settings.steps, keeping.record
         options, seed = self.asked.masks, self.asked.seed
-        gates = make_gates(
-            source.shape, self.target, scores=importance.scores, options=options, steps=steps, seed=seed
-        ).to(session.device)
+        gates = make_gates(source.shape, self.target, scores=scores, options=options, steps=steps, seed=seed).to(
+            session.device
+        )
         attached = Attached(model, source.family, config=source.config, axes=gates.axes)
         term = LearnedMasks(attached, gates)
         distilled = self.teaching.objective(session, under=attached) if self.teaching else None
@@ -189,18 +204,25 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        record.write("mixture", step=0, tokens=0, **session.describe_mixture(session.state()))
+        optimizers = (adamw(model.parameters(), lr=session.lr), *gates.optimizers())
+        starts = nn.ParameterDict({axis: nn.Parameter(score, requires_grad=False) for axis, score in scores.items()})
+        held = Held(model, optimizers, {"gates": gates, "scores": starts})
+        keeping.take_up(held)
+        (state,) = keeping.states(session.device) or (session.state(),)
+        if keeping.saved is None:
+            record.write("mixture", step=0, tokens=0, **session.describe_mixture(state))
         with session.feed.reading() as reading:
             state = train(
                 model,
                 settings=session.settings,
-                state=session.state(),
-                draw=session.telling(reading.draw, session.state(), record.write),
+                state=state,
+                draw=session.telling(reading.draw, state, record.write),
                 objective=balance or objective,
-                optimizers=[adamw(model.parameters(), lr=session.lr), *gates.optimizers()],
+                optimizers=optimizers,
                 terms=[*([distilled] if distilled else []), *([balance] if balance else []), term],
                 evaluate=held_out,
                 steering=session.steering,
+                keep=keeping.keep(held, losses=before),
                 log=record.write,
                 on_step=watch("learning masks", steps),
             )

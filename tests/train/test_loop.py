@@ -9,11 +9,12 @@ from small_models import small, tokens
 
 from shearling.data.batch import Batch
 from shearling.data.loader import HeldOut
+from shearling.errors import UserError
 from shearling.loss.cross_entropy import head_loss, next_token_loss
 from shearling.loss.held_out import held_out_losses
 from shearling.mixture.weights import Mixture
 from shearling.train.loop import train
-from shearling.train.objective import NextToken
+from shearling.train.objective import Losses, NextToken
 from shearling.train.optim import adamw, default_lr
 from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Settings, State
@@ -21,7 +22,22 @@ from shearling.train.step import Settings, State
 MIXTURE = Mixture.starting({"a": 0.75, "b": 0.25})
 
 
-def run(*, micro: int, steps: int = 4, stop: int | None = None, autocast: torch.dtype | None = None):
+class BrokenAt:
+    """Next tokens, but the loss of some steps is NaN."""
+
+    def __init__(self, *steps: int):
+        self.steps, self.calls, self.plain = steps, 0, NextToken(2)
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        losses = self.plain(model, batch)
+        if self.calls not in self.steps:
+            return losses
+        nan = torch.tensor([0.0, torch.nan])
+        return Losses(losses.total * torch.nan, {"loss": losses.sums["loss"] + nan}, losses.counts)
+
+
+def run(*, micro: int, steps: int = 4, autocast: torch.dtype | None = None, objective=None, skip_at_most: int = 10):
     made = small("llama", tied=True)
     events: list[tuple[str, dict]] = []
     settings = Settings(
@@ -33,6 +49,7 @@ def run(*, micro: int, steps: int = 4, stop: int | None = None, autocast: torch.
         schedule=partial(trapezoid, warmup=0.25, decay=0.5),
         eval_every=2,
         autocast=autocast,
+        skip_at_most=skip_at_most,
     )
     held = {"a": [HeldOut(tokens(40, seed=99))]}
     state = train(
@@ -40,7 +57,7 @@ def run(*, micro: int, steps: int = 4, stop: int | None = None, autocast: torch.
         settings=settings,
         state=State(step=0, tokens=0, sampler=0, mixture=MIXTURE),
         draw=lambda at, weights: (Batch(tokens(40, sequences=4, seed=at), (0, 1, 0, 0)), at + 1),
-        objective=NextToken(2),
+        objective=objective or NextToken(2),
         optimizers=[adamw(made.model.parameters(), lr=1e-2)],
         evaluate=lambda: held_out_losses(made.model, held),
         log=lambda event, **fields: events.append((event, fields)),
@@ -213,3 +230,29 @@ def test_default_rates_pass_through_what_was_measured() -> None:
     assert default_lr(260_000) == pytest.approx(4e-3)
     assert default_lr(1_345_423_360) == pytest.approx(1e-4, rel=0.05)
     assert default_lr(1_000) == 8e-3
+
+
+def test_fault_21_a_step_without_finite_gradients_changes_nothing() -> None:
+    """Counted, said with its domain, and the steps after it go on as if only their own data had been seen."""
+    made = small("llama", tied=True)
+    model, state, events = run(micro=4, steps=1, objective=BrokenAt(1))
+    assert state.skipped is not None
+    assert state.skipped.tolist() == [1, 1]
+    for before, after in zip(made.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert [fields for event, fields in events if event == "skipped"] == [
+        {"step": 1, "in_a_row": 1, "in_all": 1, "domains": ["b"]}
+    ]
+
+    model, state, events = run(micro=4, steps=6, objective=BrokenAt(2, 3, 5), skip_at_most=3)
+    assert state.skipped is not None
+    assert (state.step, state.skipped.tolist()) == (6, [0, 3])
+    said = [(fields["step"], fields["in_a_row"], fields["in_all"]) for event, fields in events if event == "skipped"]
+    assert said == [(2, 1, 1), (3, 2, 2), (5, 1, 3)]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_fault_22_so_many_of_them_in_a_row_end_the_run() -> None:
+    told = r"of the loss of b\) that aren't finite, in 3 steps in a row up to step 4; .*the last good checkpoint: none"
+    with pytest.raises(UserError, match=told):
+        run(micro=4, steps=6, objective=BrokenAt(2, 3, 4), skip_at_most=3)

@@ -1,0 +1,252 @@
+"""A training stage kept as it goes: checkpoints, what they hold, how the same command goes on from one, and signals."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shearling.data.sampler import SamplerState
+from shearling.errors import Stopped
+from shearling.mixture.weights import Mixture
+from shearling.recipe import Training
+from shearling.record import Record, versions
+from shearling.stage import IDENTITY_FILE
+from shearling.train.checkpoint import Checkpoints, Saved
+from shearling.train.objective import Losses
+from shearling.train.ranks import ALONE, Ranks, Rows
+from shearling.train.step import State
+
+log = logging.getLogger(__name__)
+
+FOLDER, RECORD = "checkpoints", "record.jsonl"
+SECONDS_BETWEEN = 600  # where nobody says how many steps
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def has_checkpoint(partial: Path) -> bool:
+    """Of a stage's `.partial`: whether there is something to go on from."""
+    return any((partial / FOLDER).glob("step-*"))
+
+
+def tidied(keep_every: int | None) -> Callable[[Path], None]:
+    """For a finished stage: takes out of its folder the checkpoints that nobody asked to keep."""
+
+    def tidy(out: Path) -> None:
+        for found in (out / FOLDER).glob("step-*"):
+            if not (keep_every and int(found.name.partition("-")[2]) % keep_every == 0):
+                shutil.rmtree(found, ignore_errors=True)
+        with suppress(OSError):  # those that were asked for are there
+            (out / FOLDER).rmdir()
+
+    return tidy
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a run changes as it goes, by name: the model's parameters, the optimizers' state, other modules'."""
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    modules: Mapping[str, nn.Module]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, as they are."""
+        found: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        found |= {f"{key}.{name}": p for key, module in self.modules.items() for name, p in module.named_parameters()}
+        for name, (optimizer, parameter) in self._parameters().items():
+            found |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        return found
+
+    def nbytes(self, ranks: Ranks) -> int:
+        """What this rank will have to save of it, AdamW's two moments included."""
+        parts = [Rows.of(tensor, ranks) for tensor in self.tensors().values()]
+        stepped = [Rows.of(p, ranks) for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        moments = [2 * part.local.nbytes for part in stepped if part.mine]
+        return sum(part.local.nbytes for part in parts if part.mine) + sum(moments)
+
+    def load(self, saved: Saved, ranks: Ranks) -> None:
+        """Takes up all of them from where they were saved."""
+        for name, (optimizer, parameter) in self._parameters().items():
+            keys = [key.removeprefix(f"{name}.") for key in saved.pieces if key.startswith(f"{name}.")]
+            for key in keys:
+                optimizer.state[parameter][key] = self._empty(saved, f"{name}.{key}", parameter)
+        saved.load(self.tensors(), ranks)
+
+    def _empty(self, saved: Saved, name: str, parameter: Tensor) -> Tensor:
+        """Where to load what an optimizer has of a parameter: laid out as it is, but for a count of steps."""
+        if saved.shape(name) == tuple(parameter.shape):
+            return parameter.detach().clone()
+        return saved.empty(name).to(parameter.device)
+
+    def _parameters(self) -> dict[str, tuple[Optimizer, nn.Parameter]]:
+        return {
+            f"optimizer.{number}.{index}": (optimizer, parameter)
+            for number, optimizer in enumerate(self.optimizers)
+            for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+        }
+
+
+class Keeping:
+    """The checkpoints of one stage in its `folder`, and its record, which goes on where the checkpoint was.
+
+    A context manager around all of its training. While it is open the first SIGTERM or SIGINT has the run finish its
+    step, save, and end by raising Stopped; a second one ends the process at once.
+    """
+
+    def __init__(self, folder: Path, asked: Training, *, ranks: Ranks = ALONE):
+        self.folder, self.every, self.ranks = folder, asked.save_every, ranks
+        run = sha256((folder / IDENTITY_FILE).read_bytes()).hexdigest()
+        self.checkpoints = Checkpoints(
+            folder / FOLDER, run=run, ranks=ranks, keep=asked.keep_last, keep_every=asked.keep_every or 0
+        )
+        self.saved: Saved | None = self.checkpoints.newest()
+        self._clear()
+        self.record = Record(folder / RECORD)
+        if self.saved:
+            self.record.cut(self.saved.plain["record_bytes"])
+            self.record.write("resumed", step=self.saved.number, versions=versions())
+            log.info("going on from step %d, as %s has it", self.saved.number, self.saved.folder)
+        for note in self.checkpoints.notes:
+            self.record.write("checkpoint", note=note)
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+        self._open = ExitStack()
+        self._last_save = monotonic()
+
+    def _clear(self) -> None:
+        """Removes what a process that died has left half done: only checkpoints and the record are gone on from."""
+        for entry in os.scandir(self.folder):
+            if entry.name == IDENTITY_FILE or (self.saved and entry.name in (FOLDER, RECORD)):
+                continue
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+    def __enter__(self) -> "Keeping":
+        self._open.enter_context(self.checkpoints)
+        if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
+            self._before = {number: signal.signal(number, self._told) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: Any, error: Any, at: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._open.__exit__(kind, error, at)
+        if self._signal is not None and kind is None:  # it came when the last step was over
+            raise Stopped(
+                self._signal, "stopped after the last step: the same command goes on from the last checkpoint"
+            )
+
+    def _told(self, number: int, frame: Any) -> None:
+        if self._signal is not None:
+            os._exit(128 + number)  # whoever asks twice doesn't want to wait
+        self._signal = number
+        log.warning("%s: finishing this step and saving; once more leaves at once", signal.Signals(number).name)
+
+    def states(self, device: str) -> list[State]:
+        """Of each phase that was begun, the state it ended in or, of the last one, was saved in."""
+        if self.saved is None:
+            return []
+        found = [_state(plain) for plain in self.saved.plain["states"]]
+        found[-1] = self._with_tensors(found[-1], device)
+        return found
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """Of what was saved the tensors under a key, by name."""
+        assert self.saved is not None
+        names = [name for name in self.saved.pieces if name.startswith(f"{key}.")]
+        found = {name: self.saved.empty(name) for name in names}
+        self.saved.load(found, self.ranks)
+        return {name.removeprefix(f"{key}."): tensor for name, tensor in found.items()}
+
+    def take_up(self, held: Held) -> None:
+        """Gives what is held the values that were saved, if any. Raises UserError where checkpoints have no room."""
+        self.checkpoints.check_room(held.nbytes(self.ranks))
+        if self.saved:
+            held.load(self.saved, self.ranks)
+
+    def keep(self, held: Held, before: Iterable[State] = (), **plain: Any) -> "Kept":
+        """For the loop: saves what is held and the state, with those that phases `before` ended in.
+
+        `plain` are values that whoever goes on would otherwise have to find again.
+        """
+        return Kept(self, held, tuple(before), plain)
+
+    def due(self, number: int) -> tuple[bool, bool]:
+        """Whether to save now, and whether to end: what any rank wants, all do."""
+        is_time = monotonic() - self._last_save > SECONDS_BETWEEN if self.every is None else number % self.every == 0
+        ending, saving = self.ranks.any(self._signal is not None, is_time)
+        return saving or ending, ending
+
+    def save(self, number: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Has it written, and the record up to here with it."""
+        self.checkpoints.save(number, tensors, {**plain, "record_bytes": self.record.nbytes})
+        self._last_save = monotonic()
+
+    def end(self, number: int) -> None:
+        """Raises Stopped, once what was saved is whole."""
+        self.checkpoints.wait()
+        said = f"stopped at step {number}, which is saved: the same command goes on from there"
+        self.record.write("stopped", step=number)
+        raise Stopped(self._signal or signal.SIGTERM, said)
+
+    def _with_tensors(self, state: State, device: str) -> State:
+        found = {name: tensor.to(device) for name, tensor in self.tensors("state").items()}
+        sums = {name.removeprefix("sums."): tensor for name, tensor in found.items() if name.startswith("sums.")}
+        tally = Losses(found["total"], sums, found["counts"]) if sums else None
+        return replace(state, tally=tally, skipped=found.get("skipped"))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the loop calls after each step."""
+
+    keeping: Keeping
+    held: Held
+    before: tuple[State, ...]
+    plain: Mapping[str, Any]
+
+    def __call__(self, state: State) -> None:
+        number = sum(phase.step for phase in self.before) + state.step
+        saving, ending = self.keeping.due(number)
+        if saving:
+            plain = {**self.plain, "states": [_plain(each) for each in (*self.before, state)]}
+            self.keeping.save(number, {**self.held.tensors(), **_tensors(state)}, plain)
+        if ending:
+            self.keeping.end(number)
+
+    @property
+    def last(self) -> str:
+        return self.keeping.checkpoints.last
+
+
+def _plain(state: State) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "sampler": asdict(state.sampler),
+        "mixture": asdict(state.mixture),
+    }
+
+
+def _state(plain: Mapping[str, Any]) -> State:
+    sampler = SamplerState(**{name: tuple(value) for name, value in plain["sampler"].items()})
+    mixture = Mixture(**{**plain["mixture"], "reached": tuple(plain["mixture"]["reached"])})
+    return State(plain["step"], plain["tokens"], sampler, mixture)
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {} if state.skipped is None else {"state.skipped": state.skipped}
+    if state.tally is not None:
+        found |= {"state.total": state.tally.total, "state.counts": state.tally.counts}
+        found |= {f"state.sums.{name}": value for name, value in state.tally.sums.items()}
+    return found

@@ -1,0 +1,241 @@
+"""Checkpoints: whole or absent whenever the process dies, known by their sums, and never more than the disk holds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from killed import apart
+
+from shearling.errors import UserError
+from shearling.train.checkpoint import Checkpoints, Saved
+from shearling.train.ranks import ALONE
+
+TENSORS = {
+    "model.weight": torch.arange(12.0).reshape(3, 4),
+    "model.half": torch.arange(5).bfloat16(),
+    "gates.closed": torch.tensor([True, False, True]),
+    "optimizer.0.0.step": torch.tensor(7.0),
+    "state.counts": torch.tensor([3, 2**40]),
+}
+# Every call of Python's that changes what is on the disk while a checkpoint is written.
+CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir")
+
+
+def opened(folder: Path, **options) -> Checkpoints:
+    return Checkpoints(folder, run="this", ranks=ALONE, **options)
+
+
+def of(number: int) -> dict[str, torch.Tensor]:
+    """The tensors that go into a checkpoint of this number."""
+    return {name: tensor if tensor.dtype == torch.bool else tensor + number for name, tensor in TENSORS.items()}
+
+
+def save(folder: Path, *numbers: int, **options) -> None:
+    with opened(folder, **options) as checkpoints:
+        for number in numbers:
+            checkpoints.save(number, of(number), {"step": number, "third": 1 / 3})
+
+
+def check(saved: Saved | None, number: int) -> None:
+    """What `save` has saved, to the bit."""
+    assert saved is not None
+    assert (saved.number, saved.plain) == (number, {"step": number, "third": 1 / 3})
+    found = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    saved.load(found, ALONE)
+    for name, tensor in of(number).items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_what_was_saved_comes_back_and_the_last_two_stay(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-4", "step-5"]
+    check(opened(tmp_path).newest(), 5)
+
+
+def test_those_asked_for_stay(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, keep=1, keep_every=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4", "step-5"]
+
+
+def test_tensors_are_copied_before_training_goes_on(tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in TENSORS.items()}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(0, tensors, {"step": 0, "third": 1 / 3})
+        for tensor in tensors.values():
+            tensor.zero_()
+    check(opened(tmp_path).newest(), 0)
+
+
+def killed_in_call(folder: Path, count: int) -> int:
+    """Saves a second and a third checkpoint, killed before the count-th call; the exit code."""
+
+    def work() -> None:
+        left = count
+
+        def counting(name: str):
+            call = getattr(os, name)
+
+            def counted(*args, **kwargs):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kwargs)
+
+            return counted
+
+        for name in CALLS:
+            setattr(os, name, counting(name))
+        save(folder, 2, 3)
+
+    return apart(work)
+
+
+def test_fault_02_killed_at_every_point_of_a_save(tmp_path):
+    """Wherever it dies, the newest whole one is there, and saving goes on from it."""
+    save(tmp_path / "first", 1)
+    ended = []
+    for count in range(100):
+        folder = shutil.copytree(tmp_path / "first", tmp_path / str(count))
+        code = killed_in_call(folder, count)
+        newest = opened(folder).newest()
+        assert newest is not None
+        check(newest, newest.number)
+        ended.append(newest.number)
+        save(folder, 4)
+        check(opened(folder).newest(), 4)
+        assert sorted(path.name for path in folder.iterdir())[-1] == "step-4"
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    else:
+        pytest.fail("a save of more than 100 calls")
+    assert ended == sorted(ended)
+    assert set(ended) == {1, 2, 3}
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", ["empty", "missing", "short"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "rank-0/model.safetensors", "rank-0/starts.json"])
+def test_fault_10_a_damaged_one_is_passed_over_and_said(tmp_path, damage, name):
+    save(tmp_path, 1, 2)
+    path = tmp_path / "step-2" / name
+    whole = path.read_bytes()
+    path.unlink() if damage == "missing" else path.write_bytes(b"" if damage == "empty" else whole[:-1])
+    checkpoints = opened(tmp_path)
+    check(checkpoints.newest(), 1)
+    assert len(checkpoints.notes) == 1
+    assert f"{tmp_path}/step-2 isn't used" in checkpoints.notes[0]
+    assert not (tmp_path / "step-2").exists()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    save(folder, 1, 2)
+    return folder
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_fault_11_every_flipped_bit_is_found(two, data):
+    path = data.draw(st.sampled_from(files(two / "step-2")))
+    whole = path.read_bytes()
+    at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
+    spare = shutil.copytree(two / "step-2", two.with_name(f"{two.name}-spare"), dirs_exist_ok=True)
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    try:
+        found = opened(two).newest()
+        # The manifest's own white space and the number of its version say nothing of the tensors.
+        check(found, 1 if found is None or found.number == 1 else 2)
+        assert path.name == "manifest.json" or found is None or found.number == 1
+    finally:
+        shutil.copytree(spare, two / "step-2", dirs_exist_ok=True)
+
+
+def test_fault_45_what_another_run_saved_is_not_used(tmp_path):
+    save(tmp_path, 1)
+    other = Checkpoints(tmp_path, run="another", ranks=ALONE)
+    assert other.newest() is None
+    assert "another run saved it" in other.notes[0]
+
+
+def test_fault_12_a_save_that_fails_is_raised_at_the_next_and_leaves_the_old(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def fail(*args, **kwargs) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("shearling.train.checkpoint.write", fail)
+    with pytest.raises(RuntimeError, match="no such luck"), opened(tmp_path) as checkpoints:
+        checkpoints.save(2, TENSORS, {})
+        checkpoints.save(3, TENSORS, {})
+    check(opened(tmp_path).newest(), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_fault_07_a_full_disk_keeps_the_old_and_names_the_bytes(small_disk):
+    save(small_disk / "checkpoints", 1)
+    large = {"model.weight": torch.zeros(200_000)}
+    told = r"\d+ bytes free, 800\d\d\d needed.*last checkpoint is as it was"
+    with pytest.raises(UserError, match=told), opened(small_disk / "checkpoints") as checkpoints:
+        (small_disk / "other").write_bytes(bytes(500_000))
+        checkpoints.save(2, large, {})
+    check(opened(small_disk / "checkpoints").newest(), 1)
+
+
+def test_fault_07_a_disk_that_fills_up_while_saving(small_disk, monkeypatch):
+    save(small_disk / "checkpoints", 1)
+    (small_disk / "other").write_bytes(bytes(800_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    with pytest.raises(UserError, match="No space left on device"), opened(small_disk / "checkpoints") as checkpoints:
+        checkpoints.save(2, {"model.weight": torch.zeros(200_000)}, {})
+    check(opened(small_disk / "checkpoints").newest(), 1)
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_fault_09_too_little_room_at_the_start(small_disk):
+    with opened(small_disk / "checkpoints") as checkpoints:
+        checkpoints.check_room(300_000)
+        with pytest.raises(UserError, match="bytes free, 1200000 needed"):
+            checkpoints.check_room(400_000)
+
+
+def test_another_shape_is_refused(tmp_path):
+    save(tmp_path, 1)
+    saved = opened(tmp_path).newest()
+    assert saved is not None
+    with pytest.raises(UserError, match=r"model\.weight: found shape \(3, 4\); expected \(4, 4\)"):
+        saved.load({"model.weight": torch.zeros(4, 4)}, ALONE)
+    with pytest.raises(UserError, match=r"model\.bias: found no such tensor"):
+        saved.load({"model.bias": torch.zeros(4)}, ALONE)
+
+
+def test_no_pickle_is_ever_read(tmp_path):
+    save(tmp_path, 1)
+    kinds = {path.suffix for path in files(tmp_path)}
+    assert kinds == {".json", ".safetensors"}
+    manifest = json.loads((tmp_path / "step-1" / "manifest.json").read_text())
+    assert len(manifest["sha256"]) == len(files(tmp_path)) - 1

@@ -1,0 +1,129 @@
+"""Killed and gone on from: the same losses and the same weights, to the bit, as of a run that nobody disturbed."""
+
+import os
+import signal
+from functools import partial, partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+from killed import apart, killed_at, losses, weights
+
+from shearling.errors import UserError
+from shearling.record import read
+from shearling.verbs.heal import heal
+from shearling.verbs.prune import prune
+from shearling.verbs.session import unwatched
+
+EVERYTHING = {
+    "steps": None,
+    "phases": [{"steps": 6}, {"steps": 5, "seq_len": 16, "lr": 1e-3}],
+    "mixture": {"schedule": "dynamic", "rule": "paper", "every": 2, "signal": "training"},
+    "teacher": {"share": 0.5},
+    "repeats": {"code": 1},
+    "at_end": "redistribute",
+    "compile": True,
+    "save_every": 2,
+    "workers": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory, model_folder, store_folder, ask_prune) -> Path:
+    out = tmp_path_factory.mktemp("cut") / "cut"
+    prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method="activation"))
+    return out
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """Compiled without code being generated, which takes a minute."""
+    compiled = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+
+
+def chained(verb, out: Path, steps: list[int]) -> list[int]:
+    """Runs a verb to its end, killed on the way after so many of its own steps each time; where it went on from.
+
+    (The record has each of them: a checkpoint's part of it does.)
+    """
+    for step in steps:
+        watch = killed_at(step, saved_in=out.with_name(f"{out.name}.partial"))
+        assert apart(partial(verb, out=str(out), watch=watch)) == -signal.SIGKILL
+        assert not out.exists()
+    assert apart(partial(verb, out=str(out), watch=unwatched)) == 0
+    return [event["step"] for event in read(out / "record.jsonl") if event["event"] == "resumed"]
+
+
+def test_fault_01_04_healing_with_everything_on(tmp_path, cut, store_folder, ask_heal, eager_backend):
+    """Two phases, a teacher, a mixture that follows losses, a domain that ends, compiled: killed three times."""
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(**EVERYTHING))
+    assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
+    resumed = chained(verb, tmp_path / "killed", [3, 3, 3])
+    assert len(set(resumed)) == 3
+    assert weights(tmp_path / "killed") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("relaxation", ["soft_topk", "hard_concrete"])
+def test_fault_03_masks_and_multipliers(tmp_path, model_folder, store_folder, ask_prune, relaxation):
+    asked = ask_prune(method="masks", steps=8, save_every=2, masks={"relaxation": relaxation})
+    verb = partial(prune, str(model_folder), data=str(store_folder), asked=asked)
+    assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
+    assert len(set(chained(verb, tmp_path / "killed", [3, 3, 3]))) == 3
+    assert weights(tmp_path / "killed") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_fault_05_a_signal_lets_the_step_end_and_saves(tmp_path, cut, store_folder, ask_heal, number):
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6))
+
+    def stopped() -> None:
+        from shearling.errors import Stopped
+
+        try:
+            verb(out=str(tmp_path / "out"), watch=killed_at(3, number))
+        except Stopped as told:
+            os._exit(128 + told.signal)
+
+    assert apart(stopped) == 128 + number
+    assert apart(partial(verb, out=str(tmp_path / "out"))) == 0
+    assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
+    events = read(tmp_path / "out" / "record.jsonl")
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [3]
+    assert weights(tmp_path / "out") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "out") == losses(tmp_path / "calm")
+
+
+def test_fault_06_a_second_signal_leaves_at_once(tmp_path, cut, store_folder, ask_heal):
+    verb = partial(
+        heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6, save_every=2), out=str(tmp_path / "out")
+    )
+
+    def impatient(title: str, steps: int):
+        def on_step(step, loss, excess) -> None:
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return on_step
+
+    assert apart(partial(verb, watch=impatient)) == 143
+    assert apart(verb) == 0
+    assert [e["step"] for e in read(tmp_path / "out" / "record.jsonl") if e["event"] == "resumed"] in ([2], [4])
+
+
+def test_fault_15_another_recipe_is_refused_with_what_differs(tmp_path, cut, store_folder, ask_heal):
+    verb = partial(heal, str(cut), data=str(store_folder), out=str(tmp_path / "out"))
+    assert apart(partial(verb, asked=ask_heal(save_every=1), watch=killed_at(3))) == -signal.SIGKILL
+    with pytest.raises(UserError, match=r"batch_tokens: 128 there, 64 now"):
+        verb(asked=ask_heal(save_every=1, batch_tokens=64))
+    verb(asked=ask_heal(save_every=2))  # how often it saves changes nothing
+
+
+def test_checkpoints_asked_for_stay(tmp_path, cut, store_folder, ask_heal):
+    asked = ask_heal(steps=6, save_every=1, keep_every=2)
+    out = heal(str(cut), data=str(store_folder), out=str(tmp_path / "out"), asked=asked).out
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
