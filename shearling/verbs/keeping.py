@@ -19,12 +19,13 @@ from torch.optim import Optimizer
 from shearling.data.sampler import SamplerState
 from shearling.errors import Stopped
 from shearling.mixture.weights import Mixture
+from shearling.ranks.ranks import ALONE, Ranks
+from shearling.ranks.rows import Rows
 from shearling.recipe import Training
 from shearling.record import Record, versions
 from shearling.stage import IDENTITY_FILE
 from shearling.train.checkpoint import Checkpoints, Saved
 from shearling.train.objective import Losses
-from shearling.train.ranks import ALONE, Ranks, Rows
 from shearling.train.step import State
 
 log = logging.getLogger(__name__)
