@@ -121,8 +121,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """Within it a module's parameters keep no values. Buffers do: they are computed and not read from files."""
     plain = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        plain(module, name, parameter if parameter is None else nn.Parameter(parameter.detach().to("meta")))
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied one comes a second time
+            param = nn.Parameter(param.detach().to("meta"))
+        plain(self, name, param)
 
     nn.Module.register_parameter = on_meta
     try:
