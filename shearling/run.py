@@ -3,17 +3,19 @@
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shearling.data.files import masked
+from shearling.ranks.ranks import Ranks, joined
 from shearling.recipe import Data, Recipe, write_recipe
-from shearling.record import Record, versions
+from shearling.record import Record, Unwritten, versions
 from shearling.report.run_page import write_run_page
 from shearling.stage import Stage
 from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import open_target, prune
-from shearling.verbs.session import Watch, unwatched
+from shearling.verbs.session import Watch, choose_device, unwatched
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,23 @@ def run(
     watch: Watch = unwatched,
     documents: Callable[[str, int, int], None] | None = None,
 ) -> Ran:
-    """data, prune, heal, model, report."""
+    """data, prune, heal, model, report. Of several ranks the first does alone what isn't training."""
+    with joined(choose_device(recipe.prune.device)) as (ranks, _):
+        return _run(recipe, watch, documents, ranks)
+
+
+def _run(recipe: Recipe, watch: Watch, documents: Callable[[str, int, int], None] | None, ranks: Ranks) -> Ran:
     open_target(recipe.model, recipe.prune, arch=recipe.arch)  # a mistake there shows before hours of data
     out = Path(recipe.out).expanduser()
     said = masked(recipe.model_dump(mode="json"))  # a recipe may hold URLs with passwords
-    write_recipe(said, out)
-    record = Record(out / "record.jsonl")
+    ranks.by_the_first(lambda: write_recipe(said, out))
+    record = Record(out / "record.jsonl") if ranks.first else Unwritten()
     record.write("run", recipe=said, versions=versions())
 
     store = str(out / "data") if isinstance(recipe.data, Data) else recipe.data
     if isinstance(recipe.data, Data):
-        make_store(recipe.data, tokenizer=recipe.model, out=store, progress=documents)
+        making = partial(make_store, recipe.data, tokenizer=recipe.model, out=store, progress=documents)
+        ranks.by_the_first(making)
         record.write("stage", name="data", folder=store)
 
     pruned = prune(recipe.model, data=store, out=str(out / "prune"), asked=recipe.prune, arch=recipe.arch, watch=watch)
@@ -53,12 +61,13 @@ def run(
         record.write("stage", name="heal", folder=str(healed.out), losses=healed.losses)
         folders["heal"], losses["healed"] = healed.out, healed.losses
 
-    model = _publish(list(folders.values())[-1], out / "model")
-    report = write_run_page(out / "report.html", title=f"Shearling: {recipe.model}", folders=folders)
+    model, report = out / "model", out / "report.html"
+    ranks.by_the_first(lambda: _publish(list(folders.values())[-1], model))
+    ranks.by_the_first(lambda: write_run_page(report, title=f"Shearling: {recipe.model}", folders=folders))
     return Ran(model, report, losses)
 
 
-def _publish(stage: Path, out: Path) -> Path:
+def _publish(stage: Path, out: Path) -> None:
     """The last stage's model under the run's own name for it."""
     publishing = Stage(out, {"verb": "publish", "stage": stage.name, "record": (stage / "stage.json").read_text()})
     if not publishing.done:
@@ -66,4 +75,3 @@ def _publish(stage: Path, out: Path) -> Path:
             shutil.copytree(
                 stage, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json", "checkpoints")
             )
-    return out

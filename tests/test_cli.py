@@ -256,3 +256,44 @@ def test_a_second_process_on_the_same_output_is_refused(workplace, stored):
         assert not (workplace / "twice").exists()
     assert result.returncode == 2
     assert f"twice.partial.lock: found process {os.getpid()} on host" in result.stderr
+
+
+def on_two_ranks(*words: object, restarts: int = 0) -> list[str]:
+    """By torchrun, which starts the ranks again so often if one of them dies."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    return [sys.executable, *launcher, "-m", "shearling.cli", *map(str, words)]
+
+
+def pid_of_rank(launcher: int, rank: int) -> int:
+    """Of a rank that torchrun has started."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes().replace(b"LOCAL_RANK", b""):
+            return int(child)
+    raise AssertionError("no such rank")
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_fault_17_a_rank_that_dies_takes_the_other_down_or_both_start_again(workplace, stored, restarts):
+    out = workplace / f"ranks-{restarts}"
+    words = ["heal", "model", "--data", "store", "--out", out.name, "--steps", 60, "--seq-len", 16]
+    words += ["--batch-tokens", 64, "--save-every", 2, "--json"]
+    saved = workplace / f"{out.name}.partial" / "checkpoints"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        on_two_ranks(*words, restarts=restarts), cwd=workplace, env=ENV, text=True, **pipes
+    ) as process:
+        while not list(saved.glob("step-?")):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"it ended with {process.wait(0.05)}")
+        os.kill(pid_of_rank(process.pid, 1), signal.SIGKILL)
+        printed, told = process.communicate(timeout=60 if restarts == 0 else 240)
+    if restarts == 0:
+        assert process.returncode != 0
+        assert "exitcode  : -9" in told
+        assert list(saved.glob("step-?*"))
+    else:
+        assert process.returncode == 0, told
+        assert json.loads(printed)["tokens"] == 60 * 64
+        events = [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
+        assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 61))
+        assert [event["ranks"] for event in events if event["event"] == "resumed"] == [2]

@@ -1,6 +1,7 @@
 """What the terminal shows: progress, tables, JSON."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = Console(stderr=True)
+        console, not_first = Console(stderr=True), os.environ.get("RANK", "0") != "0"
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -24,7 +25,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal or not_first)
 
     def __enter__(self) -> "Progress":
         self._bars.start()

@@ -1,6 +1,7 @@
 """The verbs as commands: parse, call, print."""
 
 import logging
+import os
 import signal as os_signal
 import sys
 from dataclasses import asdict
@@ -495,6 +496,9 @@ def main() -> None:
     """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, SIGTERM with 143, else with 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("shearling").setLevel(logging.INFO)
+    if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all; what goes wrong on another it says itself
+        logging.getLogger("shearling").setLevel(logging.ERROR)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     os_signal.signal(os_signal.SIGTERM, _terminated)  # where nobody saves first
     try:
         app()

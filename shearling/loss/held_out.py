@@ -110,6 +110,7 @@ def by_domain(figures: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     }
 
 
+@torch.no_grad()
 def held_out_sums(model: Any, batches: Iterable[Windows]) -> Sums:
     """One domain's sums over its windows, or over one rank's share of them."""
     device, total = next(model.parameters()).device, Sums.none()

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shearling.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # of a step or a save: longer, and somebody has died without being missed
+TIMEOUT = timedelta(minutes=10)  # of what a step exchanges: longer, and somebody has died without being missed
+PATIENCE = timedelta(days=7)  # of what ranks agree on: one may be preparing the data for all
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Ranks:
         found = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return tuple(bool(flag) for flag in found.tolist())
+
+    def meet(self) -> None:
+        """Waits until every rank has come here."""
+        self.any(False)
 
     def sum(self, number: int) -> int:
         """Of a number on each rank. Every rank comes here."""
@@ -105,9 +111,10 @@ def joined(device: str, *, replicate: int = 1) -> Iterator[tuple[Ranks, str]]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if own:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+        place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": count} if (store := _store()) else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, **place)
     try:
-        group, saving = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+        group, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         shape, names = ((count,), ("shard",))
         if replicate > 1:
             shape, names = (replicate, count // replicate), ("replicate", "shard")
@@ -116,6 +123,20 @@ def joined(device: str, *, replicate: int = 1) -> Iterator[tuple[Ranks, str]]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def _store() -> dist.Store | None:
+    """Where ranks of one machine find each other's addresses, apart for each time that torchrun starts them again.
+
+    Its own store keeps those of ranks that have died (pytorch issue 135712). Over several machines the count of starts
+    isn't the same everywhere: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does it, see docs/scale.md.
+    """
+    said = os.environ
+    shared = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and said["LOCAL_WORLD_SIZE"] == said["WORLD_SIZE"]
+    if not shared:
+        return None
+    plain = TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
+    return PrefixStore(f"start {said['TORCHELASTIC_RESTART_COUNT']}", plain)
 
 
 ALONE = Ranks()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils import _pytree
 
 from shearling.ranks.ranks import Ranks
 
@@ -32,15 +33,19 @@ class Root(nn.Module):
 def inside(model: Any, work: Callable[..., T], *args: Any, stays: bool = False) -> T:
     """`work(model, *args)`, where the model's weights can be used.
 
-    Without gradients they are given up after it, unless all that isn't in a block `stays`: for a model that isn't
-    trained, and whose head is used on.
+    Where gradients are off they are given up after it, unless all that isn't in a block `stays`: for a model that isn't
+    trained, and whose head is used on. Where they are on, what this gives has to be gone backward from: weights that
+    stayed whole would get no gradients the next time.
     """
     sharded = getattr(model, "sharded_as", None)
     if sharded is None:
         return work(model, *args)
     (root,) = sharded
     found = root(work, *args)
-    if not (stays or torch.is_grad_enabled()):
+    if torch.is_grad_enabled():
+        tensors = [leaf for leaf in _pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+        assert any(tensor.requires_grad for tensor in tensors), "nothing to go backward from: use no_grad around it"
+    elif not stays:
         root.reshard()  # after a backward pass it does that itself
     return found
 

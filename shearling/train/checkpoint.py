@@ -140,7 +140,7 @@ class Checkpoints:
         if self.ranks.first:
             for left in (*self.folder.glob("*.new"), *self.folder.glob("*.old")):
                 shutil.rmtree(left)
-        self.ranks.any()
+        self.ranks.meet()
         for number in sorted(self._numbers(), reverse=True):
             folder = self._at(number)
             wrong = self._wrong(folder)

@@ -140,7 +140,7 @@ class Healing:
             writes=ranks.first,
         )
         del model, tensor
-        ranks.any()  # it is there
+        ranks.meet()  # it is there
         # Of what was saved, which may have been rounded.
         after = by_domain(first.measure(first.load(source.at(self.folder))))
         record.write("held_out", step=states[-1].step, of="healed", **after)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shearling.axes.count import parameters
@@ -163,7 +164,7 @@ class Pruning:
             tensor=lambda row, layer: cut.tensor(row, layer, read),
             writes=ranks.first,
         )
-        ranks.any()  # it is there
+        ranks.meet()  # it is there
         after = by_domain(session.measure(session.load(source.at(self.folder))))
         record.write("held_out", step=session.settings.steps, of="cut", **after)
         result = Pruned(
@@ -192,7 +193,8 @@ class Pruning:
         record.write("held_out", step=0, of="source", **losses)
         calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
         scored = partial(measure, family=source.family, config=source.config, batches=calibration)
-        return losses, inside(model, scored)
+        with torch.no_grad():
+            return losses, inside(model, scored)
 
     @property
     def learns(self) -> bool:

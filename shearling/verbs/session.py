@@ -157,10 +157,10 @@ class Session:
         windows = self.feed.held_out(
             limit=self.eval_windows, sequences=self.settings.micro_sequences, **dealt(self.ranks)
         )
-        evenly = Evenly(model, self.ranks, length=self.settings.seq_len + 1)
+        evenly = Evenly(model, self.ranks, self.settings.seq_len + 1)
         measured = measure(
             model,
-            {domain: evenly.counted(batches) for domain, batches in windows.items()},
+            {domain: evenly.taken(batches) for domain, batches in windows.items()},
             bytes_per_token=bytes_per_token(self.feed.store),
             together=evenly.together,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,8 @@ def entered(stage: Stage, ranks: Ranks) -> Iterator[Path]:
     with ExitStack() as held:
         ranks.by_the_first(lambda: held.enter_context(stage))
         yield stage.partial
-        ranks.any()  # nobody reads in it any more
-    ranks.any()  # it has its name
+        ranks.meet()  # nobody reads in it any more
+    ranks.meet()  # it has its name
 
 
 def is_done(stage: Stage, ranks: Ranks) -> bool:
@@ -67,34 +68,41 @@ def _share(model: Any, source: Source, device: str, ranks: Ranks, compute: torch
     )
 
 
+@dataclass(frozen=True)
 class Evenly:
-    """Held-out windows dealt to ranks whose model is shared out: none is done before the others, who need it."""
+    """Held-out windows dealt to ranks whose model is shared out: each has to go through it as often as the others."""
 
-    def __init__(self, model: Any, ranks: Ranks, *, length: int):
-        self.model, self.ranks, self.passes = model, ranks, 0
-        self._dummy = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+    model: Any
+    ranks: Ranks
+    length: int
 
-    def counted(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same, with a count of how many there were."""
-        for windows in batches:
-            self.passes += 1
-            yield windows
+    def taken(self, batches: Iterable[T]) -> Iterator[T]:
+        """One rank's share of a domain's windows; then what the others have more of is gone through with nothing."""
+        if self.ranks.count == 1:
+            yield from batches
+            return
+        mine = list(batches)
+        device = next(self.model.parameters()).device
+        nothing = torch.zeros(1, self.length, dtype=torch.int64, device=device)
+        most = self._largest(len(mine))
+        yield from mine
+        for _ in range(most - len(mine)):
+            inside(self.model, token_losses, nothing)
 
     def together(self, sums: Sums) -> Sums:
-        """The sum over ranks of one domain's sums, once all have gone through the model equally often."""
+        """The sum over ranks of one domain's sums."""
         if self.ranks.count == 1:
             return sums
-        sizes = torch.tensor([self.passes, len(sums.nats)])
-        dist.all_reduce(sizes, dist.ReduceOp.MAX, group=self.ranks.group)
-        most, documents = sizes.tolist()
-        for _ in range(most - self.passes):
-            inside(self.model, token_losses, self._dummy)
-        self.passes = 0
-        sums = sums.over(documents)
+        sums = sums.over(self._largest(len(sums.nats)))
         counts = torch.cat([sums.tokens, torch.tensor([sums.windows])])
         dist.all_reduce(sums.nats, group=self.ranks.group)
         dist.all_reduce(counts, group=self.ranks.group)
         return Sums(sums.nats, counts[:-1], int(counts[-1]))
+
+    def _largest(self, number: int) -> int:
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.ranks.group)
+        return int(found)
 
 
 def dealt(ranks: Ranks) -> Mapping[str, int]:

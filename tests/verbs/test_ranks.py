@@ -1,0 +1,143 @@
+"""The verbs on two ranks: the same data in the same order, the same losses, whatever happens on the way."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed import apart, killed_at, weights
+from two_ranks import on_ranks
+
+from shearling.errors import UserError
+from shearling.ranks.ranks import Ranks
+from shearling.record import read
+from shearling.verbs.heal import heal
+from shearling.verbs.prune import prune
+from shearling.verbs.session import _sequences
+
+EVERYTHING = {
+    "batch_tokens": 256,
+    "mixture": {"schedule": "dynamic", "rule": "paper", "every": 3},
+    "teacher": {"share": 0.5, "hidden": 0.1},
+    "micro_sequences": 2,
+    "save_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory, model_folder, store_folder, ask_prune) -> Path:
+    out = tmp_path_factory.mktemp("cut") / "cut"
+    prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method="activation"))
+    return out
+
+
+def of(out: Path, event: str) -> list[dict[str, Any]]:
+    return [found for found in read(out / "record.jsonl") if found["event"] == event]
+
+
+def check_alike(one: Path, two: Path) -> None:
+    """Steps, mixtures and held-out losses of two runs, to 1e-5."""
+    for event, key in (("step", "loss"), ("step", "gradient_norm"), ("mixture", "weights"), ("held_out", "losses")):
+        for a, b in zip(of(one, event), of(two, event), strict=True):
+            assert a["step"] == b["step"]
+            assert b[key] == pytest.approx(a[key], rel=1e-4 if key == "gradient_norm" else 1e-5)
+    assert len(of(one, "step")) > 5
+
+
+@pytest.mark.parametrize("options", [{"relaxation": "soft_topk"}, {"relaxation": "hard_concrete"}])
+def test_masks_are_learned_alike(tmp_path, model_folder, store_folder, ask_prune, options):
+    asked = ask_prune(method="masks", steps=8, masks=options, micro_sequences=1)
+    verb = partial(prune, str(model_folder), data=str(store_folder), asked=asked)
+    one = verb(out=str(tmp_path / "one"))
+    both = on_ranks(lambda: verb(out=str(tmp_path / "two")))
+    assert both[0].losses == both[1].losses == pytest.approx(dict(one.losses), rel=1e-5)
+    check_alike(tmp_path / "one", tmp_path / "two")
+    assert of(tmp_path / "two", "cut")[0]["kept"] == of(tmp_path / "one", "cut")[0]["kept"]
+
+
+def test_fault_13_healing_goes_on_from_one_rank_to_two_to_one(tmp_path, cut, store_folder, ask_heal):
+    """With a teacher that is sharded too, its streams and a mixture that follows losses, over twenty steps."""
+    asked = ask_heal(steps=20, **EVERYTHING)
+    verb = partial(heal, str(cut), data=str(store_folder), asked=asked)
+    assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
+    out, partly = tmp_path / "moved", tmp_path / "moved.partial"
+    killed = killed_at(7, saved_in=partly)
+    assert apart(partial(verb, out=str(out), watch=killed)) == -signal.SIGKILL
+    on_ranks(lambda: verb(out=str(out), watch=killed_at(6, saved_in=partly)), code=-signal.SIGKILL)
+    assert apart(partial(verb, out=str(out))) == 0
+    check_alike(tmp_path / "calm", out)
+    assert [event["ranks"] for event in of(out, "resumed")] == [2, 1]
+
+
+def test_fault_04_the_same_two_ranks_end_with_the_same_bits(tmp_path, cut, store_folder, ask_heal):
+    asked = ask_heal(steps=8, **EVERYTHING)
+    verb = partial(heal, str(cut), data=str(store_folder), asked=asked)
+    on_ranks(lambda: verb(out=str(tmp_path / "calm")) and None)
+    out, partly = tmp_path / "killed", tmp_path / "killed.partial"
+    for _ in range(2):
+        on_ranks(lambda: verb(out=str(out), watch=killed_at(3, saved_in=partly)), code=-signal.SIGKILL)
+    on_ranks(lambda: verb(out=str(out)) and None)
+    assert weights(out) == weights(tmp_path / "calm")
+    assert len(of(out, "resumed")) == 2
+
+
+def test_fault_18_data_that_ends_ends_on_all_ranks(tmp_path, cut, store_folder, ask_heal):
+    asked = ask_heal(steps=400, eval_every=0, repeats=1, at_end="stop")
+    both = on_ranks(lambda: heal(str(cut), data=str(store_folder), out=str(tmp_path / "out"), asked=asked).tokens)
+    assert both[0] == both[1] < 400 * 128
+    assert len(of(tmp_path / "out", "data_ended")) == 1
+
+
+def test_fault_05_a_signal_to_one_rank_stops_both(tmp_path, cut, store_folder, ask_heal):
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=8))
+
+    def work() -> None:
+        from shearling.errors import Stopped
+
+        only_one = killed_at(3, signal.SIGTERM) if os.environ["RANK"] == "1" else killed_at(10**9)
+        try:
+            verb(out=str(tmp_path / "out"), watch=only_one)
+        except Stopped as told:
+            os._exit(128 + told.signal)
+
+    on_ranks(work, code=143)
+    on_ranks(lambda: verb(out=str(tmp_path / "out")) and None)
+    assert [event["step"] for event in of(tmp_path / "out", "resumed")] == [3]
+
+
+def test_fault_12_a_save_that_fails_on_one_rank_fails_on_both(tmp_path, cut, store_folder, ask_heal):
+    verb = partial(
+        heal, str(cut), data=str(store_folder), asked=ask_heal(steps=8, save_every=2), out=str(tmp_path / "out")
+    )
+
+    def work() -> str:
+        import shearling.train.checkpoint as module
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("no such luck")
+
+        if os.environ["RANK"] == "1":
+            module.write = fail
+        with pytest.raises(RuntimeError) as told:
+            verb()
+        return str(told.value)
+
+    assert on_ranks(work) == ["another rank could not do its part: see what it said", "no such luck"]
+    assert not list((tmp_path / "out.partial" / "checkpoints").iterdir())
+
+
+def test_two_groups_that_each_hold_a_model(tmp_path, cut, store_folder, ask_heal):
+    verb = partial(heal, str(cut), data=str(store_folder))
+    verb(out=str(tmp_path / "one"), asked=ask_heal(steps=6))
+    on_ranks(lambda: verb(out=str(tmp_path / "two"), asked=ask_heal(steps=6, replicate=2, save_every=2)) and None)
+    check_alike(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_batch_that_ranks_can_not_share_names_those_that_they_can():
+    with pytest.raises(
+        UserError, match=r"a multiple of 4 windows; 1024 tokens \(8 windows\) or 1536 tokens \(12 windows\)"
+    ):
+        _sequences(1280 / 128, Ranks(0, 4), 1280)
+    assert _sequences(1280 / 128, Ranks(0, 4), None) == 8
