@@ -1,7 +1,7 @@
 """A teacher for a student: opened, checked against it, loaded when it is first asked, an objective for each session."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,15 @@ from shearling.verbs.source import Source
 
 @dataclass(frozen=True)
 class Teaching:
-    """A teacher made ready for a student. `alignment`: what of their residual streams is compared, if anything."""
+    """A teacher made ready for a student. `alignment`: what of their residual streams is compared, if anything.
+
+    `load` gives its model, as `load_teacher` does.
+    """
 
     options: Options
     teacher: Source
     alignment: Alignment | None
+    load: Callable[..., Any] = load_teacher
 
     @classmethod
     def plan(cls, options: Options, *, teacher: Source, student: Source) -> "Teaching":
@@ -91,6 +95,18 @@ class Teaching:
         if self.options.cache is not None:
             Cache.check(*self._cache_of(Path(self.options.cache), session))
 
+    def running(self, load: Callable[..., Any]) -> "Teaching":
+        """The same with a teacher that runs along, whatever is in a cache, its model as `load` gives it."""
+        return replace(self, options=replace(self.options, cache=None), load=load)
+
+    def in_dtype(self, name: str) -> "Teaching":
+        """The same, its weights in another dtype."""
+        return replace(self, options=replace(self.options, dtype=name))
+
+    def dtype(self, device: str) -> torch.dtype:
+        """What its weights are in, beside a student on this device."""
+        return self._dtype(self.options.device or device)
+
     def flops(self, session: Session, tokens: int) -> float:
         """FLOPs of the teacher's forward passes over so many tokens; what a cache saves of them isn't known before."""
         return session.flops(self.teacher, self.teacher.shape, tokens=tokens) / 3
@@ -105,7 +121,7 @@ class Teaching:
 
     def _models(self, device: str) -> Any:
         if device not in self._loaded:
-            self._loaded[device] = load_teacher(
+            self._loaded[device] = self.load(
                 self.teacher.folder, device=device, dtype=self._dtype(device), weights=self.options.weights
             )
         return self._loaded[device]

@@ -1,0 +1,23 @@
+"""A model folder as a transformers model of which nothing is read but its config."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shearling.arch import whole_of
+
+
+def without_weights(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal model that `load_model` gives, with whatever weights its class starts from.
+
+    For where tensors have no storage: elsewhere it takes as much as the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family = whole_of(config.model_type)
+    if family is not None and family.inside is not None:
+        whole, config = config, getattr(config, family.inside.key)
+        config.tie_word_embeddings = whole.tie_word_embeddings
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
