@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,7 +21,7 @@ from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
 from shearling.verbs.teaching import Teaching
-from shearling.weights.pretend import without_weights
+from shearling.weights.pretend import whole_windows, without_weights
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Trained:
     def need(self) -> Need:
         """By a rehearsal of a step, or of two micro-batches where a batch has more than one."""
         settings, device = self.session.settings, self.session.device
-        with pretending(device):
+        with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
             model, ledger = without_weights(self.source.folder), Ledger(device)
             ledger.hold(model.parameters(), "weights")
             attached = None

@@ -1,5 +1,7 @@
 """A model folder as a transformers model of which nothing is read but its config."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +23,19 @@ def without_weights(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
         whole, config = config, getattr(config, family.inside.key)
         config.tie_word_embeddings = whole.tie_word_embeddings
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@contextmanager
+def whole_windows() -> Iterator[None]:
+    """Within it transformers takes windows for undivided, as it finds them where positions simply count.
+
+    It looks at their values for that, which tensors without storage don't have: it would make a mask.
+    """
+    from transformers import masking_utils as module
+
+    before = module.find_packed_sequence_indices
+    module.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        module.find_packed_sequence_indices = before
