@@ -17,9 +17,7 @@ from shearling.strict_yaml import StrictLoader, read_mapping
 from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
-BRANCH = re.compile(
-    r"(dict|list)\[.*|constrained-\w+|literal\[.*|str|int|float"
-)  # what pydantic calls the branches of a union
+BRANCH = re.compile(r"(dict|list|literal)\[.*|constrained-\w+|str|int|float")  # what pydantic calls a union's branches
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 

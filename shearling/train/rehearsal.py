@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,6 +65,8 @@ class Ledger(TorchDispatchMode):
             self._live[key] = (nbytes, part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # which asks for a tensor's device, very often
+            return func(*args, **(kwargs or {}))
         found = _grouped(*args, **(kwargs or {})) if func is GROUPED else func(*args, **(kwargs or {}))
         cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
         for leaf in tree_leaves(found):
@@ -75,7 +77,8 @@ class Ledger(TorchDispatchMode):
     def _note(self, tensor: Tensor, part: str, nbytes: int | None = None) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or tensor.device != self.device:
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        if key in self._live or device != self.device:
             return
         nbytes = storage.nbytes() if nbytes is None else nbytes
         self._live[key] = (nbytes, part)

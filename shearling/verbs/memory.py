@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shearling.axes.axis import mask_shape
 from shearling.data.batch import Batch
@@ -224,7 +224,7 @@ def _teacher(folder: Any, ledger: Ledger, apart: list[Any], *, device: str, dtyp
     """As `load_teacher` gives it, without weights."""
     with torch.device(device):
         model = without_weights(folder, dtype=dtype).requires_grad_(False)
-    narrow = {id(p) for p in _linears(model)} if weights == "int8" else set()
+    narrow = {id(weight) for weight in _linears(model)} if weights == "int8" else set()
     ledger.hold(
         model.parameters(),
         "teacher_weights",
@@ -235,6 +235,6 @@ def _teacher(folder: Any, ledger: Ledger, apart: list[Any], *, device: str, dtyp
     return model
 
 
-def _linears(model: Any) -> Iterator[nn.Parameter]:
+def _linears(model: Any) -> Iterator[Tensor]:
     head = model.get_output_embeddings()
     return (m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
