@@ -19,7 +19,7 @@ from shearling.teacher.live import LiveTeacher
 from shearling.teacher.model import Reader, check_same_tokens, default_dtype, kept_of, load_teacher
 from shearling.teacher.options import Options
 from shearling.train.distilled import Distilled, Streams, linear
-from shearling.verbs.session import Session
+from shearling.verbs.session import Session, choose_device
 from shearling.verbs.source import Source
 
 
@@ -37,7 +37,8 @@ class Teaching:
 
     @classmethod
     def plan(cls, options: Options, *, teacher: Source, student: Source) -> "Teaching":
-        """Raises UserError for a teacher of other tokens, and for hidden states that can't be compared."""
+        """Raises UserError for a teacher of other tokens, on no device here, and for streams that can't be compared."""
+        choose_device(options.device)
         check_same_tokens(_reader(teacher), _reader(student))
         if not options.hidden:
             return cls(options, teacher, None)
