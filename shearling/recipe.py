@@ -98,6 +98,7 @@ class Training(Section):
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
+    replicate: int = Field(default=1, gt=0)  # of several ranks, the groups that each hold a whole model
     save_every: int | None = Field(default=None, gt=0)  # steps between checkpoints; left out: ten minutes
     keep_last: int = Field(default=2, gt=0)  # of them
     keep_every: int | None = Field(default=None, gt=0)  # steps; those that it divides stay for good
@@ -120,8 +121,8 @@ class Training(Section):
 
     def identity(self) -> dict[str, Any]:
         """What makes a stage with these settings this one: all but what changes nothing in the result."""
-        saving = {"save_every": True, "keep_last": True, "keep_every": True}
-        return self.model_dump(mode="json", exclude={"workers": True, "teacher": {"cache"}, **saving})
+        same = dict.fromkeys(("workers", "replicate", "save_every", "keep_last", "keep_every"), True)
+        return self.model_dump(mode="json", exclude={**same, "teacher": {"cache"}})
 
 
 class Prune(Training):

@@ -60,6 +60,23 @@ class Record:
                 raise
 
 
+class Unwritten(Record):
+    """The record of a rank whose story another one tells."""
+
+    def __init__(self) -> None:
+        """Of no file."""
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def cut(self, nbytes: int) -> None:
+        """Nothing is there."""
+
+    def write(self, event: str, /, **fields: object) -> None:
+        """Nothing is kept."""
+
+
 def read(path: Path) -> list[dict]:
     """The events of a record, in order. A last line without its line feed was cut off by a kill and isn't an event.
 

@@ -20,7 +20,7 @@ ROWS = (
     ("recipe",),
     ("masks", "cut", "train", "teacher", "eval", "report"),
     ("data", "mixture", "loss", "weights", "record", "stage"),
-    ("arch",),
+    ("arch", "ranks"),
     ("axes",),
 )
 LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}

@@ -65,7 +65,7 @@ def compiled(made: Small, target: Shape, *, backend: str) -> Iterator[Finding]:
     plain, gradients = _masked_step(made, target)
     again, found = _masked_step(made, target, backend=backend)
     yield Finding(f"loss under {backend}", made.name, error=relative(again, plain))
-    # A key's bias without rotation adds the same to each of a query's scores: its gradient is rounding and nothing else.
+    # A key's bias without rotation adds the same to all of a query's scores: its gradient is rounding, nothing else.
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     said = {name: gradient for name, gradient in gradients.items() if float(gradient.abs().max()) > ROUNDING * largest}
     worst = max(relative(found[name], gradient) for name, gradient in said.items())

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from shearling.axes.table import Tensor as Row
 from shearling.axes.table import bias_name
+from shearling.ranks.rows import gathered
 
 
 class Stack:
@@ -74,7 +75,7 @@ class Stack:
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Of the experts [E], and of their inner entries [E, I]; 0 where no token came."""
-        column = self._down().float().square().sum(1).double().cpu()
+        column = gathered(self._down()).float().square().sum(1).double().cpu()
         return self.outputs / self.chosen.clamp(min=1), self.squares / max(1, self.tokens) * column
 
 

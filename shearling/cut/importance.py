@@ -20,6 +20,7 @@ from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.cut.experts import stacks
+from shearling.ranks.rows import gathered
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _hidden_scores(
         if row.role == "norm" and row.stream is not None and not row.is_bias:
             kind = family.normalisation(row)
             energy = seen.mean(f"stream {name}" if kind.centred else f"energy {name}")
-            effective = weights[name].double().cpu() + kind.offset
+            effective = gathered(weights[name]).double().cpu() + kind.offset
             readers = [r for r in family.readers(row.name) if r.at(layer) in weights]
             views.append(energy * effective.square() * sum(_squares(weights[r.at(layer)], r.input) for r in readers))
         elif _reads_the_stream(row):
@@ -198,7 +199,7 @@ def _hidden_scores(
 def _squares(weight: Tensor, dim: int | None) -> Tensor:
     """Sums of a weight's squares over all of its dims but one."""
     assert dim is not None
-    return weight.float().square().sum([d for d in range(weight.dim()) if d != dim]).double().cpu()
+    return gathered(weight).float().square().sum([d for d in range(weight.dim()) if d != dim]).double().cpu()
 
 
 def _rotary_scores(

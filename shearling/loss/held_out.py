@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from shearling.errors import UserError
 from shearling.loss.cross_entropy import token_losses
+from shearling.ranks.sharded import inside
 
 LARGEST_EXPONENT = 709.0  # of a float64
 
@@ -113,7 +114,7 @@ def held_out_sums(model: Any, batches: Iterable[Windows]) -> Sums:
     """One domain's sums over its windows, or over one rank's share of them."""
     device, total = next(model.parameters()).device, Sums.none()
     for windows in batches:
-        total += window_sums(token_losses(model, windows.ids.to(device)).cpu(), windows)
+        total += window_sums(inside(model, token_losses, windows.ids.to(device)).cpu(), windows)
     return total
 
 

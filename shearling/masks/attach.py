@@ -71,13 +71,22 @@ class Attached:
     """A model under `masks`. `set` gives them their values; `push` carries their gradients back to what they came from.
 
     The modules see leaves, one vector for each masked dim of a layer, and any number of backward passes may add to
-    their gradients; the graph from the gates to them is walked once, by `push`.
+    their gradients; the graph from the gates to them is walked once, by `push`. `device` is where the weights will be,
+    if they are on the meta device still.
     """
 
-    def __init__(self, model: nn.Module, family: Family, *, config: Mapping[str, Any], axes: Sequence[str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        *,
+        config: Mapping[str, Any],
+        axes: Sequence[str],
+        device: Any = None,
+    ):
         self.model, self.family, self.axes = model, family, tuple(axes)
         self.sizes = shape_of(family, config).axes
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
         self._vectors: dict[object, Vector] = {}
         self._counts: dict[object, Count] = {}
         self._computed: list[Tensor] = []
@@ -225,8 +234,13 @@ class Attached:
         for count in self._counts.values():
             count.set(support)
 
-    def push(self) -> None:
-        """Adds the gradients gathered by the leaves to what the last `set` was given."""
+    def push(self, *, over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Adds the gradients gathered by the leaves to what the last `set` was given.
+
+        `over_ranks` makes one gradient, [entries], of those that ranks have gathered apart.
+        """
+        if over_ranks is not None:
+            self._gather(over_ranks)
         pairs = [
             (value, vector.leaf.grad)
             for value, vector in zip(self._computed, self._vectors.values(), strict=True)
@@ -234,6 +248,16 @@ class Attached:
         ]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
+
+    def _gather(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Of all leaves at once. Those that nothing came to on this rank may have been reached on others."""
+        leaves = [vector.leaf for vector in self._vectors.values() if vector.leaf.requires_grad]
+        if not leaves:
+            return
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        whole = over_ranks(torch.cat([grad.flatten() for grad in grads]))
+        for leaf, grad in zip(leaves, whole.split([leaf.numel() for leaf in leaves]), strict=True):
+            leaf.grad = grad.view_as(leaf)
 
     def remove(self) -> None:
         """Gives the model its own modules back, weights as they are by now."""

@@ -1,6 +1,6 @@
 """Masks in training: drawn anew at each step, put on the model, their gradients and their constraint's gathered."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -9,10 +9,14 @@ from shearling.masks.gates import Gates
 
 
 class LearnedMasks:
-    """A term of the training loss: the gates of an attached model."""
+    """A term of the training loss: the gates of an attached model.
 
-    def __init__(self, attached: Attached, gates: Gates):
+    `over_ranks` makes one gradient of those of several ranks, each of which has the same gates.
+    """
+
+    def __init__(self, attached: Attached, gates: Gates, *, over_ranks: Callable[[Tensor], Tensor] | None = None):
         self.attached, self.gates, self.step = attached, gates, 0
+        self.over_ranks = over_ranks
 
     def begin(self, step: int) -> None:
         self.step = step
@@ -21,7 +25,7 @@ class LearnedMasks:
 
     def backward(self, step: int) -> None:
         """Brings the masks' gradients to the gates, and adds the constraint's."""
-        self.attached.push()
+        self.attached.push(over_ranks=self.over_ranks)
         penalty = self.gates.penalty(step)
         if penalty is not None:
             penalty.backward()

@@ -11,6 +11,12 @@ from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Dense, Taught
 from shearling.loss.logits import logit_cap, read_by_head
 from shearling.loss.streams import in_order, outputs_of
+from shearling.ranks.sharded import inside
+
+
+def _read(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What its head reads, [B, T, D], and the head's weight."""
+    return read_by_head(model, hidden_states(model, batch.ids[:, :-1], position_ids=batch.position_ids))
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,6 @@ class LiveTeacher:
             torch.autocast(self.device.type, enabled=False),
             outputs_of(self.model, self.blocks, channels=self._channels) as seen,
         ):
-            hidden = hidden_states(self.model, batch.ids[:, :-1], position_ids=batch.position_ids)
-            hidden, weight = read_by_head(self.model, hidden)
+            hidden, weight = inside(self.model, _read, batch, stays=True)
         dense = Dense(hidden.flatten(0, 1), weight, logit_cap(self.model))
         return Lesson(dense, in_order(seen, self.blocks))

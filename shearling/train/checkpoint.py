@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from shearling.errors import UserError
+from shearling.ranks.ranks import Ranks
+from shearling.ranks.rows import Rows
 from shearling.stage import sync
-from shearling.train.ranks import Ranks, Rows
 from shearling.weights.header import DTYPES, TensorInfo, read_header
 from shearling.weights.writer import Entry, write
 
@@ -85,10 +86,10 @@ class Checkpoints:
     gets whole.
     """
 
-    def __init__(self, folder: Path, *, run: str, ranks: Ranks, saving: Any = None, keep: int = 2, keep_every: int = 0):
+    def __init__(self, folder: Path, *, run: str, ranks: Ranks, keep: int = 2, keep_every: int = 0):
         self.folder, self.run, self.ranks = folder, run, ranks
         # What ranks agree on while one is written: a group of its own, as training uses the other meanwhile.
-        self._saving = Ranks(ranks.rank, ranks.count, saving)
+        self._saving = Ranks(ranks.rank, ranks.count, ranks.saving)
         self.keep, self.keep_every = keep, keep_every
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shearling-save")
         self._written: Future[None] | None = None
@@ -178,15 +179,15 @@ class Checkpoints:
             raise
 
     def _together(self, work: Callable[[], None]) -> None:
-        failed: Exception | None = None
-        try:
-            work()
-        except OSError as error:
-            failed = error if error.errno not in (errno.ENOSPC, errno.EDQUOT) else self._full(str(error.strerror))
-        except Exception as error:
-            failed = error
-        if any(self._saving.any(failed is not None)):
-            raise failed or RuntimeError("another rank could not write its part of the checkpoint: see what it said")
+        def told() -> None:
+            try:
+                work()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise self._full(str(error.strerror)) from error
+
+        self._saving.together(told)
 
     def _start(self, new: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)

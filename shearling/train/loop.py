@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from shearling.data.batch import Batch
 from shearling.errors import UserError
+from shearling.ranks.ranks import ALONE, Ranks
+from shearling.ranks.rows import gathered
+from shearling.ranks.sharded import inside
 from shearling.train.halving import with_room
 from shearling.train.objective import Losses, Objective
 from shearling.train.optim import not_finite, step_unless
@@ -32,12 +35,14 @@ def train(
     keep: Keep | None = None,
     log: Log = lambda event, **fields: None,
     on_step: OnStep = lambda step, loss, excess: None,
+    ranks: Ranks = ALONE,
 ) -> State:
     """Trains `model` from `state.step` to `settings.steps`, or to the data's end, and returns the state it ends in.
 
     Each optimizer's groups hold their peak rate as `peak_lr`; the schedule multiplies all of them. Groups marked
     `clip=False` are left out of gradient clipping. A step whose gradients aren't finite changes no weights. Raises
-    UserError after so many of them in a row. Events logged: "step", "skipped", "held_out", "mixture", "data_ended",
+    UserError after so many of them in a row. Each of the `ranks` draws its share of a batch; what they find is summed
+    up, so that all end in the same state. Events logged: "step", "skipped", "held_out", "mixture", "data_ended",
     "micro_batch".
     """
     device = next(model.parameters()).device
@@ -52,11 +57,11 @@ def train(
         if batch is None:
             log("data_ended", step=step, tokens=state.tokens)
             break
-        forth_and_back = partial(_begin, model, batch, objective, device=device, terms=terms, step=step)
+        forth_and_back = partial(_begin, model, batch, objective, device=device, ranks=ranks, terms=terms, step=step)
         losses, settings = with_room(forth_and_back, settings, optimizers=optimizers, log=log)
         for term in terms:
             term.backward(step)
-        norm = torch.nn.utils.clip_grad_norm_(clipped, settings.clip_norm)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(clipped, settings.clip_norm))
         left_out = not_finite(others, norm)
         share = settings.schedule(step, settings.steps)
         for group in groups:
@@ -127,22 +132,27 @@ def _begin(
     settings: Settings,
     *,
     device: torch.device,
+    ranks: Ranks,
     terms: Sequence[Term],
     step: int,
 ) -> Losses:
     """A step up to its gradients; again, if there was no memory for it."""
     for term in terms:
         term.begin(step)
-    return _accumulate(model, batch, objective, settings, device)
+    return _accumulate(model, batch, objective, settings, device, ranks)
 
 
-def _accumulate(model: Any, batch: Batch, objective: Objective, settings: Settings, device: torch.device) -> Losses:
-    """Gradients of the mean loss over a batch's targets, so many windows at a time; gives what it came to."""
-    targets, found = max(1, batch.num_targets()), None  # counted before the batch goes to a device that would wait
+def _accumulate(
+    model: Any, batch: Batch, objective: Objective, settings: Settings, device: torch.device, ranks: Ranks
+) -> Losses:
+    """Gradients of the mean loss over all ranks' targets, so many windows at a time; gives what it came to."""
+    targets = max(1, ranks.sum(batch.num_targets()))  # before the batch goes to a device that would wait
+    found = None
     for micro in batch.split(settings.micro_sequences):
         with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
-            losses = objective(model, micro.to(device))
-        (losses.total / targets).backward()
+            losses = inside(model, objective, micro.to(device))
+        # Sharded gradients are averages over ranks.
+        (losses.total * (ranks.count / targets)).backward()
         found = losses.detached() if found is None else found + losses.detached()
     assert found is not None
-    return found
+    return found.over(ranks)

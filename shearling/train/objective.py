@@ -1,15 +1,17 @@
 """What a step goes backward from: the loss of a micro-batch, and by domain what it was."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import head_inputs, head_loss_by_domain, hidden_states
 from shearling.loss.logits import logit_cap
+from shearling.ranks.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,17 @@ class Losses:
         """The same figures without what they were computed from."""
         return Losses(self.total.detach(), self.sums, self.counts)
 
+    def over(self, ranks: Ranks) -> "Losses":
+        """What all ranks' come to: each gets the same figures."""
+        if ranks.count == 1:
+            return self
+        counts = self.counts.to(self.total.device)
+        parts = [self.total.reshape(1), counts, *self.sums.values()]
+        whole = ranks.add_up(torch.cat([part.double() for part in parts]))
+        total, counts, *sums = whole.split([len(part) for part in parts])
+        named = {name: value.float() for name, value in zip(self.sums, sums, strict=True)}
+        return Losses(total[0].to(self.total.dtype), named, counts.long())
+
     def means(self) -> dict[str, float]:
         """Means over all tokens asked for, by name, and of what was gone backward from."""
         tokens = max(1, int(self.counts.sum()))
@@ -44,6 +57,10 @@ class Losses:
             name: {d: s / n if n else None for d, s, n in zip(domains, value.tolist(), counts, strict=True)}
             for name, value in self.sums.items()
         }
+
+
+# Hooks on what a sharded model's forward pass gives look for the tensors in it.
+_pytree.register_dataclass(Losses, field_names=[field.name for field in fields(Losses)])
 
 
 class Objective(Protocol):

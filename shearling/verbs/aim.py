@@ -8,7 +8,6 @@ from shearling.mixture.options import Options
 from shearling.verbs.reference import load_reference
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
-from shearling.weights.model import load_model
 
 CONSTANT = "the mixture stays as it is"
 
@@ -66,8 +65,7 @@ def source_losses(model: Source, session: Session) -> tuple[Mapping[str, float] 
     source, why = source_of(model)
     if source is None:
         return None, why
-    loaded = load_model(source.folder, device=session.device)
-    return session.losses(loaded), f"the losses of {source.name}, measured now"
+    return session.losses(session.load(source)), f"the losses of {source.name}, measured now"
 
 
 def source_of(model: Source) -> tuple[Source | None, str]:

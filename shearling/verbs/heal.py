@@ -4,12 +4,14 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from shearling.data.store import Store
 from shearling.loss.held_out import by_domain
+from shearling.ranks.ranks import Ranks, joined
 from shearling.recipe import Heal
 from shearling.record import Record, versions
 from shearling.stage import Stage
@@ -20,10 +22,10 @@ from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, tidied
 from shearling.verbs.memory import Trained
-from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
+from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
-from shearling.weights.model import load_model
+from shearling.verbs.together import entered, is_done
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +61,24 @@ class PhasePlan:
 
 def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = None, watch: Watch = unwatched) -> Healed:
     """Trains `model` on `data` and leaves the result as a model folder at `out`; `arch` is its family's file."""
+    with joined(choose_device(asked.device), replicate=asked.replicate) as (ranks, device):
+        return _heal(model, data, Path(out), asked, arch, watch, ranks, device)
+
+
+def _heal(
+    model: str, data: str, out: Path, asked: Heal, arch: str | None, watch: Watch, ranks: Ranks, device: str
+) -> Healed:
     source = Source.open(model, dtype=asked.dtype, arch=arch)
-    phases = [_plan(phase, source, own or data, same) for phase, own, same in asked.each_phase()]
+    planned = partial(_plan, source=source, device=device, ranks=ranks)
+    phases = [planned(phase, data=own or data, same_mixture=same) for phase, own, same in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]
     own, why = source_of(source) if asked.teacher.wanted else (None, "")
     teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why)
     identity = {"verb": "heal", **source.identity(), "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
     identity |= teaching.identity() if teaching else {}
-    stage = Stage(Path(out), identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
-    if stage.done:
+    stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
+    if is_done(stage, ranks):
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
     phases = [replace(p, session=_fitting(p, phases, source, teaching)) for p in phases]
@@ -80,14 +90,22 @@ def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = Non
     phases = [replace(p, session=_aimed(p, source)) for p in phases]
     for note in (note for phase in phases for note in phase.session.notes):
         log.info(note)
-    with stage as folder:
+    with entered(stage, ranks) as folder:
         return Healing(source, phases, asked, teaching, folder, stage.out).run(watch)
 
 
-def _plan(asked: Heal, source: Source, data: str, same_mixture: bool) -> PhasePlan:
+def _plan(asked: Heal, *, source: Source, data: str, same_mixture: bool, device: str, ranks: Ranks) -> PhasePlan:
     budget = TOKENS_PER_PARAMETER * source.parameters
     store = Store.open(data)
-    session = Session.plan(asked, source, store, default_tokens=budget, most_between_updates=STEPS_BETWEEN_UPDATES)
+    session = Session.plan(
+        asked,
+        source,
+        store,
+        default_tokens=budget,
+        most_between_updates=STEPS_BETWEEN_UPDATES,
+        device=device,
+        ranks=ranks,
+    )
     return PhasePlan(asked, session, same_mixture)
 
 
@@ -113,15 +131,25 @@ class Healing:
 
     def run(self, watch: Watch) -> Healed:
         """The phases in order, and the losses before and after."""
-        source, first, keeping = self.source, self.phases[0].session, Keeping(self.folder, self.asked)
+        source, first = self.source, self.phases[0].session
+        ranks, keeping = first.ranks, Keeping(self.folder, self.asked, ranks=first.ranks)
         record = keeping.record
         with keeping:
             model, before, states = self.heal(keeping, watch)
         layers = tuple(range(source.shape["num_hidden_layers"]))
-        source.save(self.folder, shape=source.shape, layers=layers, dtype=self.asked.dtype, tensor=source.reader(model))
-        del model
+        tensor = source.reader(model)
+        source.save(
+            self.folder,
+            shape=source.shape,
+            layers=layers,
+            dtype=self.asked.dtype,
+            tensor=tensor,
+            writes=ranks.first,
+        )
+        del model, tensor
+        ranks.any()  # it is there
         # Of what was saved, which may have been rounded.
-        after = by_domain(first.measure(load_model(self.folder, device=first.device)))
+        after = by_domain(first.measure(first.load(source.at(self.folder))))
         record.write("held_out", step=states[-1].step, of="healed", **after)
         tokens = [0, *(state.tokens for state in states)]
         spent = [b - a for a, b in pairwise(tokens)]
@@ -134,20 +162,20 @@ class Healing:
             tokens=tokens[-1],
             flops=sum(self.flops(p.session, n) for p, n in zip(self.phases, spent, strict=True)),
         )
-        write_origin(self.folder, {**source.origin(), "healed": figures(result)})
+        ranks.by_the_first(lambda: write_origin(self.folder, {**source.origin(), "healed": figures(result)}))
         return result
 
     def heal(self, keeping: Keeping, watch: Watch) -> tuple[Any, dict[str, Any], list[State]]:
         """The model after all phases, its losses before them, and the state that each phase ended in."""
         first, record, saved = self.phases[0].session, keeping.record, keeping.saved
-        model = load_model(self.source.folder, device=first.device)
+        model = first.load(self.source)
         if saved is None:
             record.write("heal", versions=versions(), **first.describe())
             before = by_domain(first.measure(model))
             record.write("held_out", step=0, of="cut", **before)
         else:
             before = saved.plain["losses"]
-        first.prepare(model, self.asked)
+        first.prepare(model, self.asked, self.source.blocks())
         held = Held(model, (adamw(model.parameters(), lr=first.lr),), {})
         keeping.take_up(held)
         states = keeping.states(first.device)
@@ -201,6 +229,7 @@ class Healing:
                 keep=kept,
                 log=record.write,
                 on_step=watch(title, session.settings.steps),
+                ranks=session.ranks,
             )
         warn_of_end(session, state)
         return state

@@ -19,12 +19,13 @@ from torch.optim import Optimizer
 from shearling.data.sampler import SamplerState
 from shearling.errors import Stopped
 from shearling.mixture.weights import Mixture
+from shearling.ranks.ranks import ALONE, Ranks
+from shearling.ranks.rows import Rows
 from shearling.recipe import Training
-from shearling.record import Record, versions
+from shearling.record import Record, Unwritten, versions
 from shearling.stage import IDENTITY_FILE
 from shearling.train.checkpoint import Checkpoints, Saved
 from shearling.train.objective import Losses
-from shearling.train.ranks import ALONE, Ranks, Rows
 from shearling.train.step import State
 
 log = logging.getLogger(__name__)
@@ -111,11 +112,11 @@ class Keeping:
             folder / FOLDER, run=run, ranks=ranks, keep=asked.keep_last, keep_every=asked.keep_every or 0
         )
         self.saved: Saved | None = self.checkpoints.newest()
-        self._clear()
-        self.record = Record(folder / RECORD)
+        ranks.by_the_first(self._clear)
+        self.record = Record(folder / RECORD) if ranks.first else Unwritten()
         if self.saved:
             self.record.cut(self.saved.plain["record_bytes"])
-            self.record.write("resumed", step=self.saved.number, versions=versions())
+            self.record.write("resumed", step=self.saved.number, ranks=ranks.count, versions=versions())
             log.info("going on from step %d, as %s has it", self.saved.number, self.saved.folder)
         for note in self.checkpoints.notes:
             self.record.write("checkpoint", note=note)

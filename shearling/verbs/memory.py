@@ -1,6 +1,7 @@
 """Memory before a run: what its steps will take, whether that is there, and what would fit if it isn't."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from shearling.axes.axis import mask_shape
 from shearling.data.batch import Batch
 from shearling.errors import UserError
 from shearling.masks.attach import Attached
+from shearling.ranks.ranks import ALONE, Ranks
 from shearling.recipe import Training
 from shearling.train.rehearsal import Ledger, pretending, rehearse
 from shearling.train.room import Room, room_on
@@ -29,7 +31,7 @@ AUTO_SHARE = 0.9  # of what is there, for a number of windows that nobody has tr
 MOMENTS = 2  # AdamW's, for each parameter
 # Of an entry of a mask, in fp32: its gate, that one's gradient and moments, its score and whether it is closed.
 GATE_BYTES = 6 * 4
-STATE_PARTS = ("weights", "gradients", "optimizer")  # what ranks share
+SHARED = ("weights", "gradients", "optimizer", "teacher_weights")  # among ranks
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,24 @@ class Trained:
     steps: int
     teaching: Teaching | None = None
     axes: tuple[str, ...] = ()
-    ranks: int = 1
 
     def within_memory(self) -> Session:
         """The session with what it takes, and the micro-batch chosen if it is to be. Raises UserError if it can't fit.
 
-        Where a model can't be rehearsed nothing is known and nothing is refused, which is said.
+        Where a model can't be rehearsed nothing is known and nothing is refused, which is said. Ranks agree on the
+        smallest micro-batch that one of them has chosen.
         """
+        ranks, settings = self.session.ranks, self.session.settings
+        session = ranks.together(self._within_memory)
+        choices = [settings.micro_sequences, *(each.session.settings.micro_sequences for each in self._smaller())]
+        too_many = ranks.any(*(session.settings.micro_sequences < choice for choice in choices))
+        agreed = next(choice for choice, many in zip(choices, too_many, strict=True) if not many)
+        return replace(session, settings=replace(session.settings, micro_sequences=agreed))
+
+    def _within_memory(self) -> Session:
         device, auto = self.session.device, self.asked.micro_sequences == "auto"
         try:
-            room, need = room_on(device), self.need()
+            room, need = self._room(device), self.need()
             chosen = self._largest(room) if auto and room and need.on(device) > AUTO_SHARE * room.nbytes else self
             need = need if chosen is self else chosen.need()
         except (MemoryError, UserError):
@@ -85,7 +95,7 @@ class Trained:
             return self.session
         if room is not None and need.on(device) > room.nbytes:
             raise chosen._refused(room, need)
-        host = room_on("cpu")
+        host = self._room("cpu")
         if device != "cpu" and host is not None and need.saving > host.nbytes:
             raise self._cannot_save(host, need.saving)
         said = {f"{part}_bytes": nbytes for part, nbytes in need.parts.items()}
@@ -95,7 +105,7 @@ class Trained:
 
     def need(self) -> Need:
         """By a rehearsal of a step, or of two micro-batches where a batch has more than one."""
-        settings, device = self.session.settings, self.session.device
+        settings, device, session = self.session.settings, self.session.device, replace(self.session, ranks=ALONE)
         with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
             model, ledger = without_weights(self.source.folder), Ledger(device)
             ledger.hold(model.parameters(), "weights")
@@ -105,11 +115,11 @@ class Trained:
                     attached = Attached(model, self.source.family, config=self.source.config, axes=self.axes)
                     masks = {axis: torch.ones(shape, requires_grad=True) for axis, shape in self._mask_shapes().items()}
                     attached.set(masks, support=masks)
-            self.session.prepare(model, self.asked.model_copy(update={"compile": False}))
-            objective, apart = self.session.objective(), []
+            session.prepare(model, self.asked.model_copy(update={"compile": False}), self.source.blocks())
+            objective, apart = session.objective(), []
             if self.teaching:
                 teaching = self.teaching.running(lambda folder, **options: _teacher(folder, ledger, apart, **options))
-                objective = teaching.objective(self.session, under=attached)
+                objective = teaching.objective(session, under=attached)
             objective = balanced(objective, self.source) or objective
             rehearse(
                 model,
@@ -117,13 +127,13 @@ class Trained:
                 self._batch(),
                 ledger=ledger,
                 autocast=settings.autocast,
-                accumulates=settings.micro_sequences < settings.batch_sequences,
+                accumulates=settings.micro_sequences < settings.batch_sequences // self.session.ranks.count,
                 apart=[teacher.base_model for teacher in apart],
             )
-            weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        return self._summed(dict(ledger.peak), weights)
+            weights, gathered = sum(p.nbytes for p in model.parameters()), self._gathered(model)
+        return self._summed(dict(ledger.peak), weights, gathered)
 
-    def _summed(self, parts: dict[str, int], weights: int) -> Need:
+    def _summed(self, parts: dict[str, int], weights: int, gathered: int) -> Need:
         """With what is there throughout; or as it is while the optimizer steps, if more is there then."""
         gates = GATE_BYTES * sum(prod(shape) for shape in self._mask_shapes().values())
         lasting = {"weights": weights, "gradients": weights, "optimizer": MOMENTS * weights}
@@ -131,9 +141,30 @@ class Trained:
         parts |= {"optimizer": lasting["optimizer"]}
         parts = max(parts, stepping, key=lambda found: sum(found.values()))
         parts["masks"] = parts.get("masks", 0) + gates
-        parts |= {part: parts.get(part, 0) // self.ranks for part in STATE_PARTS}
+        shards = _shards(self.session.ranks)
+        whole = () if self.teaching is None or self.teaching.options.weights == "as_is" else ("teacher_weights",)
+        parts |= {part: parts.get(part, 0) // shards for part in SHARED if part not in whole}
+        parts |= {"gathered": gathered} if gathered else {}
         never = self.asked.save_every is not None and self.asked.save_every > self.steps
-        return Need(parts, 0 if never else (1 + MOMENTS) * weights // self.ranks + gates)
+        return Need(parts, 0 if never else (1 + MOMENTS) * weights // shards + gates)
+
+    def _gathered(self, model: Any) -> int:
+        """What of weights that are shared out is whole at a time, and of their gradients: all that is in no block, the
+        largest block, and the next one's weights.
+        """
+        if _shards(self.session.ranks) == 1:
+            return 0
+        blocks = [sum(p.nbytes for p in model.get_submodule(path).parameters()) for path in self.source.blocks()]
+        beside = sum(p.nbytes for p in model.parameters()) - sum(blocks)
+        found = 2 * beside + 3 * max(blocks)
+        return found if self.session.settings.autocast is None else found // 2
+
+    def _room(self, device: str) -> Room | None:
+        """What there is of a device for this process: of a computer's memory, its share among the ranks there."""
+        room, here = room_on(device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if room is None or device != "cpu" or self.session.ranks.count == 1:
+            return room
+        return replace(room, nbytes=room.nbytes // here)
 
     def _mask_shapes(self) -> dict[str, tuple[int, ...]]:
         return {axis: tuple(mask_shape(axis, self.source.shape.axes)) for axis in self.axes}
@@ -214,6 +245,11 @@ class Trained:
             expected=f"{in_gigabytes(saving)} ({saving} bytes) for the copy that is written while the run goes on",
             change=f"free some, or leave checkpoints out: --save-every {self.steps + 1}",
         )
+
+
+def _shards(ranks: Ranks) -> int:
+    """In how many parts a model's weights lie."""
+    return ranks.count if ranks.mesh is None else ranks.mesh.size(ranks.mesh.ndim - 1)
 
 
 def in_gigabytes(nbytes: int) -> str:

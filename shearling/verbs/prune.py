@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 from shearling.axes.count import parameters
 from shearling.axes.index import Kept, select
 from shearling.axes.shape import Shape
+from shearling.axes.table import Tensor as Row
 from shearling.axes.target import resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
 from shearling.loss.held_out import by_domain
-from shearling.masks.attach import Attached
 from shearling.masks.gates import cut_axes
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.relaxations import make_gates
+from shearling.ranks.ranks import Ranks, joined
+from shearling.ranks.sharded import inside
 from shearling.recipe import Prune
 from shearling.record import versions
 from shearling.stage import Stage
@@ -30,12 +33,14 @@ from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, has_checkpoint, tidied
 from shearling.verbs.memory import Trained
-from shearling.verbs.session import Session, Watch, check_sums, unwatched, warn_of_end
+from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
-from shearling.weights.model import load_model
+from shearling.verbs.together import entered, is_done, load_under_masks
 
 log = logging.getLogger(__name__)
+
+Reader = Callable[[Row, int | None], Tensor]  # of a table's tensors
 
 PAPER_TOKENS = 420_000_000  # Sheared-LLaMA: 3,200 steps of 32 x 4,096 tokens
 TOKENS_PER_PARAMETER = 4
@@ -68,11 +73,24 @@ def prune(
 
     `arch` is the file of its family, where that has no table; the result's folder holds a copy.
     """
+    with joined(choose_device(asked.device), replicate=asked.replicate) as (ranks, device):
+        return _prune(model, data, Path(out), asked, arch, watch, ranks, device)
+
+
+def _prune(
+    model: str, data: str, out: Path, asked: Prune, arch: str | None, watch: Watch, ranks: Ranks, device: str
+) -> Pruned:
     source, target, notes = open_target(model, asked, arch=arch)
     store = Store.open(data)
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
     session = Session.plan(
-        asked, source, store, default_tokens=default_tokens, most_between_updates=STEPS_BETWEEN_UPDATES
+        asked,
+        source,
+        store,
+        default_tokens=default_tokens,
+        most_between_updates=STEPS_BETWEEN_UPDATES,
+        device=device,
+        ranks=ranks,
     )
     references = given(asked.mixture, session)
     if asked.method == "auto":
@@ -81,8 +99,8 @@ def prune(
     teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="")
     identity = {"verb": "prune", **source.identity(), "data": store.digest, "references": references}
     identity |= {**asked.identity(), **(teaching.identity() if teaching else {})}
-    stage = Stage(Path(out), identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
-    if stage.done:
+    stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
+    if is_done(stage, ranks):
         return _read_back(stage.out)
     for note in (*notes, *session.notes):
         log.info(note)
@@ -93,7 +111,7 @@ def prune(
     check_sums([store])
     if teaching:
         teaching.check(session)
-    with stage as folder:
+    with entered(stage, ranks) as folder:
         return Pruning(source, target, session, asked, teaching, notes, folder, stage.out).run(watch)
 
 
@@ -126,29 +144,20 @@ class Pruning:
 
     def run(self, watch: Watch) -> Pruned:
         """Scores, perhaps learned masks, the cut, and the losses before and after."""
-        source, session, keeping = self.source, self.session, Keeping(self.folder, self.asked)
+        source, session, ranks = self.source, self.session, self.session.ranks
+        keeping = Keeping(self.folder, self.asked, ranks=ranks)
         record, misses, flops, read = keeping.record, (), 0.0, source.read
         with keeping:
-            model = load_model(source.folder, device=session.device)
-            if keeping.saved is None:
-                chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
-                record.write("prune", **chosen, versions=versions(), **session.describe())
-                before = by_domain(session.measure(model))
-                record.write("held_out", step=0, of="source", **before)
-                calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
-                importance = measure(model, source.family, config=source.config, batches=calibration)
-                scores = importance.scores
-            else:
-                before, importance, scores = keeping.saved.plain["losses"], None, keeping.tensors("scores")
+            before, importance = self.before(keeping)
             if self.learns:
                 aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
-                cut, misses, tokens = replace(self, session=aim).learn(model, scores, before, keeping, watch)
+                scores = keeping.tensors("scores") if importance is None else importance.scores
+                cut, misses, tokens, read = replace(self, session=aim).learn(scores, before, keeping, watch)
                 taught = self.teaching.flops(session, tokens) if self.teaching else 0.0
-                flops, read = session.flops(source, source.shape, tokens=tokens) + taught, source.reader(model)
+                flops = session.flops(source, source.shape, tokens=tokens) + taught
             else:
                 assert importance is not None
                 cut = self.score(importance)
-                del model
         record.write("cut", kept=cut.kept.to_json(), misses=list(misses))
         config = source.save(
             self.folder,
@@ -157,8 +166,10 @@ class Pruning:
             rotary=cut.kept.rotary,
             dtype=self.asked.dtype,
             tensor=lambda row, layer: cut.tensor(row, layer, read),
+            writes=ranks.first,
         )
-        after = by_domain(session.measure(load_model(self.folder, device=session.device)))
+        ranks.any()  # it is there
+        after = by_domain(session.measure(session.load(source.at(self.folder))))
         record.write("held_out", step=session.settings.steps, of="cut", **after)
         result = Pruned(
             out=self.out,
@@ -171,8 +182,22 @@ class Pruning:
             misses=misses,
             notes=self.notes,
         )
-        write_origin(self.folder, self.origin(cut.kept, result))
+        ranks.by_the_first(lambda: write_origin(self.folder, self.origin(cut.kept, result)))
         return result
+
+    def before(self, keeping: Keeping) -> tuple[dict[str, Any], Importance | None]:
+        """The source's losses and, unless a checkpoint has what is needed of them, its scores."""
+        if keeping.saved is not None:
+            return keeping.saved.plain["losses"], None
+        source, session, record = self.source, self.session, keeping.record
+        chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
+        record.write("prune", **chosen, versions=versions(), **session.describe())
+        model = session.load(source)
+        losses = by_domain(session.measure(model))
+        record.write("held_out", step=0, of="source", **losses)
+        calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
+        scored = partial(measure, family=source.family, config=source.config, batches=calibration)
+        return losses, inside(model, scored)
 
     @property
     def learns(self) -> bool:
@@ -187,23 +212,27 @@ class Pruning:
         return Cut(self.source.family, self.source.config, self.target, kept, norm_scales=scales)
 
     def learn(
-        self, model: Any, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
-    ) -> tuple[Cut, tuple[str, ...], int]:
-        """Trains masks and weights together: the cut, what missed its target, and the tokens that it took.
+        self, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
+    ) -> tuple[Cut, tuple[str, ...], int, Reader]:
+        """Trains masks and weights together: the cut, what missed its target, the tokens that it took, the weights.
 
-        The model ends as its own modules with the trained weights. `scores` and the losses `before` are the source's.
+        `scores` and the losses `before` are the source's.
         """
         source, session, steps, record = self.source, self.session, self.session.settings.steps, keeping.record
-        options, seed = self.asked.masks, self.asked.seed
+        options, seed, ranks = self.asked.masks, self.asked.seed, session.ranks
         gates = make_gates(source.shape, self.target, scores=scores, options=options, steps=steps, seed=seed).to(
             session.device
         )
-        attached = Attached(model, source.family, config=source.config, axes=gates.axes)
-        term = LearnedMasks(attached, gates)
+        attached = load_under_masks(
+            source, gates.axes, device=session.device, ranks=ranks, compute=session.settings.autocast
+        )
+        model: Any = attached.model
+        over_ranks = (lambda gradient: ranks.add_up(gradient) / ranks.count) if ranks.count > 1 else None
+        term = LearnedMasks(attached, gates, over_ranks=over_ranks)
         distilled = self.teaching.objective(session, under=attached) if self.teaching else None
         objective = distilled or session.objective()
         balance = balanced(objective, source)
-        session.prepare(model, self.asked)
+        session.prepare(model, self.asked, source.blocks())
 
         def held_out() -> dict[str, float]:
             term.settle()
@@ -230,6 +259,7 @@ class Pruning:
                 keep=keeping.keep(held, losses=before),
                 log=record.write,
                 on_step=watch("learning masks", steps),
+                ranks=ranks,
             )
         warn_of_end(session, state)
         kept = gates.kept()
@@ -239,8 +269,8 @@ class Pruning:
         masks = {axis: mask.cpu() for axis, mask in term.settle().items()}
         record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
-        attached.remove()
-        return Cut(source.family, source.config, self.target, kept, masks=masks), misses, state.tokens
+        cut = Cut(source.family, source.config, self.target, kept, masks=masks)
+        return cut, misses, state.tokens, source.reader(model)
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
         """What shearling.json says of the result."""

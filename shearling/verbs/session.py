@@ -22,12 +22,14 @@ from shearling.loss.held_out import Measured, measure
 from shearling.mixture.options import Signal
 from shearling.mixture.steering import Steered
 from shearling.mixture.weights import Mixture, check_weights
+from shearling.ranks.ranks import ALONE, Ranks
 from shearling.recipe import Training
 from shearling.train.objective import NextToken, Objective
 from shearling.train.optim import default_lr
 from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Draw, Log, Settings, State
 from shearling.verbs.source import Source
+from shearling.verbs.together import Evenly, dealt, load
 
 log = logging.getLogger(__name__)
 
@@ -62,21 +64,30 @@ class Session:
     lr: float
     eval_windows: int
     mixture: Mixture
+    ranks: Ranks = ALONE
     steering: Steered | None = None
     notes: tuple[str, ...] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)  # what a step is estimated to take
 
     @classmethod
     def plan(
-        cls, asked: Training, source: Source, store: Store, *, default_tokens: int, most_between_updates: int
+        cls,
+        asked: Training,
+        source: Source,
+        store: Store,
+        *,
+        default_tokens: int,
+        most_between_updates: int,
+        device: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> "Session":
         """Fills in what `asked` leaves open; the mixture is steered once `towards` has said what by."""
         source.check_store(store)
-        device = choose_device(asked.device)
+        device = device or choose_device(asked.device)
         seq_len = asked.seq_len or source.seq_len()
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
         batch_tokens = asked.batch_tokens or default_batch_tokens(source.parameters, tokens)
-        sequences = max(1, round(batch_tokens / seq_len))
+        sequences = _sequences(batch_tokens / seq_len, ranks, asked.batch_tokens)
         steps = asked.steps or max(1, round(tokens / (sequences * seq_len)))
         auto = asked.micro_sequences == "auto"  # then at most the batch: verbs/memory.py says how many
         micro = sequences if auto else asked.micro_sequences or max(1, FORWARD_TOKENS // seq_len)
@@ -84,8 +95,8 @@ class Session:
             steps=steps,
             seq_len=seq_len,
             batch_sequences=sequences,
-            micro_sequences=min(int(micro), sequences),
-            halves=auto,
+            micro_sequences=min(int(micro), sequences // ranks.count),
+            halves=auto and ranks.count == 1,
             domains=store.domains,
             schedule=_schedule(asked),
             clip_norm=asked.clip_norm,
@@ -101,10 +112,14 @@ class Session:
             at_end=asked.at_end,
             separate=asked.separate_documents,
             workers=asked.workers,
+            rank=ranks.rank,
+            ranks=ranks.count,
             pin=device.startswith("cuda"),
         )
         mixture = _starting(asked, store)
-        session = cls(settings, feed, device, asked.lr or default_lr(source.parameters), asked.eval_windows, mixture)
+        session = cls(
+            settings, feed, device, asked.lr or default_lr(source.parameters), asked.eval_windows, mixture, ranks
+        )
         often = max(min(steps // UPDATES, most_between_updates), _windows_apart(mixture, sequences))
         every = asked.mixture.every or max(1, min(often, steps // 2))
         return replace(session, notes=session._end_notes(), steering=_unaimed(asked, every))
@@ -142,8 +157,16 @@ class Session:
 
     def measure(self, model: Any) -> dict[str, Measured]:
         """Held-out figures by domain of a model as it is. Raises UserError where a loss isn't finite."""
-        windows = self.feed.held_out(limit=self.eval_windows, sequences=self.settings.micro_sequences)
-        measured = measure(model, windows, bytes_per_token=bytes_per_token(self.feed.store))
+        windows = self.feed.held_out(
+            limit=self.eval_windows, sequences=self.settings.micro_sequences, **dealt(self.ranks)
+        )
+        evenly = Evenly(model, self.ranks, length=self.settings.seq_len + 1)
+        measured = measure(
+            model,
+            {domain: evenly.counted(batches) for domain, batches in windows.items()},
+            bytes_per_token=bytes_per_token(self.feed.store),
+            together=evenly.together,
+        )
         raise_all(
             [
                 UserError(
@@ -162,16 +185,21 @@ class Session:
         """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
         return {domain: figures.nats_per_token for domain, figures in self.measure(model).items()}
 
+    def load(self, source: Source) -> Any:
+        """A model to train or to measure, its weights in float32."""
+        return load(source, device=self.device, ranks=self.ranks, compute=self.settings.autocast)
+
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
 
-    def prepare(self, model: Any, asked: Training) -> None:
-        """Switches on what was asked for to save memory or time."""
+    def prepare(self, model: Any, asked: Training, blocks: Iterable[str]) -> None:
+        """Switches on what was asked for to save memory or time; blocks are compiled one by one."""
         if asked.activation_checkpointing:
             model.train()  # transformers checkpoints in training mode only; every dropout is 0
             model.activation_checkpointing_enable({"use_reentrant": False})
         if asked.compile:
-            model.base_model.compile()
+            for block in blocks:
+                model.get_submodule(block).compile()
 
     @property
     def tokens(self) -> int:
@@ -199,6 +227,7 @@ class Session:
             "device": self.device,
             "autocast": str(s.autocast),
             "seed": self.feed.seed,
+            "ranks": self.ranks.count,
             **({"memory": dict(self.memory)} if self.memory else {}),
         }
 
@@ -310,6 +339,22 @@ def _starting(asked: Training, store: Store) -> Mixture:
     if weights is not None:
         check_weights(weights, store.domains)
     return Mixture.starting({d: w for d in store.domains for w in [(weights or by_size(store))[d]]})
+
+
+def _sequences(wanted: float, ranks: Ranks, asked: int | None) -> int:
+    """Windows in a batch, as many on each rank. Raises UserError where another number was asked for."""
+    found = max(1, round(wanted))
+    nearest = max(1, round(wanted / ranks.count)) * ranks.count
+    if asked is not None and found % ranks.count:
+        below, above = found // ranks.count * ranks.count, -(-found // ranks.count) * ranks.count
+        each = asked / found
+        raise UserError(
+            "batch_tokens",
+            found=f"{asked}, {found} windows on {ranks.count} ranks",
+            expected=f"a multiple of {ranks.count} windows",
+            change=" or ".join(f"{round(n * each)} tokens ({n} windows)" for n in (below, above) if n),
+        )
+    return nearest
 
 
 def _windows_apart(mixture: Mixture, sequences: int) -> int:

@@ -117,6 +117,14 @@ class Source:
         for name in self.checkpoint.names:
             check_finite(name, self.checkpoint.read(name))
 
+    def at(self, folder: Path) -> "Source":
+        """What was made of it, in a folder."""
+        return Source.open(str(folder), dtype="float32", like=self)  # in whatever dtype it says it is
+
+    def blocks(self) -> list[str]:
+        """The paths of its layers."""
+        return [self.family.block(layer) for layer in range(self.shape["num_hidden_layers"])]
+
     def origin(self) -> dict[str, Any]:
         """What shearling.json says of the folder, if Shearling made it."""
         path = self.folder / ORIGIN
@@ -145,11 +153,12 @@ class Source:
         dtype: str | None,
         tensor: Callable[[Row, int | None], torch.Tensor],
         rotary: Sequence[int] | None = None,
+        writes: bool = True,
     ) -> dict[str, Any]:
         """A model of this one's making as a model folder, in `dtype` or else the source's; gives its config.
 
         `layers` and `rotary` are the source's layers and entries of q and k that it has, `tensor` gives its rows. Other
-        parts come along, byte for byte where no `dtype` is asked for.
+        parts come along, byte for byte where no `dtype` is asked for. Of ranks that hold it together one `writes`.
         """
         chosen = getattr(torch, dtype) if dtype else self.dtype
         name = str(chosen).removeprefix("torch.")
@@ -166,7 +175,10 @@ class Source:
                 self.parts.carried,
                 chosen if dtype else None,
             ),
+            writes=writes,
         )
+        if not writes:
+            return config
         carry(self.folder, folder)
         if self.own_family:
             (folder / FILE).write_text(dump(self.family), encoding="utf-8")

@@ -13,6 +13,7 @@ from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
 from shearling.loss.streams import Alignment, Weights
 from shearling.masks.attach import Attached
+from shearling.ranks.ranks import Ranks
 from shearling.teacher.cache import Cache, Manifest
 from shearling.teacher.cached import CachedTeacher
 from shearling.teacher.live import LiveTeacher
@@ -21,19 +22,20 @@ from shearling.teacher.options import Options
 from shearling.train.distilled import Distilled, Streams, linear
 from shearling.verbs.session import Session, choose_device
 from shearling.verbs.source import Source
+from shearling.verbs.together import load
 
 
 @dataclass(frozen=True)
 class Teaching:
     """A teacher made ready for a student. `alignment`: what of their residual streams is compared, if anything.
 
-    `load` gives its model, as `load_teacher` does.
+    `loader` gives its model, as `load_teacher` does.
     """
 
     options: Options
     teacher: Source
     alignment: Alignment | None
-    load: Callable[..., Any] = load_teacher
+    loader: Callable[..., Any] = load_teacher
 
     @classmethod
     def plan(cls, options: Options, *, teacher: Source, student: Source) -> "Teaching":
@@ -72,7 +74,7 @@ class Teaching:
         `under`: the masks that the student is under, for what they keep of its streams.
         """
         domains, options = session.settings.domains, self.options
-        live = partial(self._live, options.device or session.device)
+        live = partial(self._live, options.device or session.device, session.ranks)
         if options.cache is None:
             teacher = live()
         else:
@@ -96,9 +98,9 @@ class Teaching:
         if self.options.cache is not None:
             Cache.check(*self._cache_of(Path(self.options.cache), session))
 
-    def running(self, load: Callable[..., Any]) -> "Teaching":
-        """The same with a teacher that runs along, whatever is in a cache, its model as `load` gives it."""
-        return replace(self, options=replace(self.options, cache=None), load=load)
+    def running(self, loader: Callable[..., Any]) -> "Teaching":
+        """The same with a teacher that runs along, whatever is in a cache, its model as `loader` gives it."""
+        return replace(self, options=replace(self.options, cache=None), loader=loader)
 
     def in_dtype(self, name: str) -> "Teaching":
         """The same, its weights in another dtype."""
@@ -116,15 +118,18 @@ class Teaching:
         """What a stage's identity has to have of it beside the options."""
         return {"teacher": self.teacher.fingerprint, "cached": self.options.cache is not None}
 
-    def _live(self, device: str) -> LiveTeacher:
+    def _live(self, device: str, ranks: Ranks) -> LiveTeacher:
         blocks, channels = (self.alignment.source, self.alignment.channels) if self.alignment else ((), None)
-        return LiveTeacher(self._models(device), blocks=blocks, channels=channels)
+        return LiveTeacher(self._models(device, ranks), blocks=blocks, channels=channels)
 
-    def _models(self, device: str) -> Any:
+    def _models(self, device: str, ranks: Ranks) -> Any:
         if device not in self._loaded:
-            self._loaded[device] = self.load(
-                self.teacher.folder, device=device, dtype=self._dtype(device), weights=self.options.weights
-            )
+            dtype, weights = self._dtype(device), self.options.weights
+            if ranks.count > 1 and weights == "as_is":
+                model = load(self.teacher, device=device, ranks=ranks, dtype=dtype).requires_grad_(False)
+            else:  # int8 weights can't be shared out: each rank has all of them
+                model = self.loader(self.teacher.folder, device=device, dtype=dtype, weights=weights)
+            self._loaded[device] = model
         return self._loaded[device]
 
     @cached_property

@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shearling.arch import whole_of
 from shearling.axes.disk import Piece, placed
@@ -16,9 +17,10 @@ from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.errors import UserError
+from shearling.ranks.rows import gathered
 from shearling.weights.checkpoint import Checkpoint, check_finite
 from shearling.weights.header import FLOAT_DTYPES
-from shearling.weights.writer import Entry, write
+from shearling.weights.writer import Entry, in_order, write
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -81,9 +83,7 @@ def _loaded(folder: Path, config: Any, dtype: torch.dtype, renamed: Mapping[str,
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    for key in config.to_dict():
-        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
-            setattr(config, key, 0.0)
+    _without_dropout(config)
     told = logging.get_verbosity()
     if renamed is not None:  # other parts are no news: of the report the caller says what is
         logging.set_verbosity_error()
@@ -96,10 +96,54 @@ def _loaded(folder: Path, config: Any, dtype: torch.dtype, renamed: Mapping[str,
     return loaded
 
 
+def _without_dropout(config: Any) -> None:
+    for key in config.to_dict():
+        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
+            setattr(config, key, 0.0)
+
+
+def empty_model(folder: Path, *, dtype: torch.dtype) -> Any:
+    """The same, its parameters on the meta device and still to be filled, its buffers on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(text_model_config(folder), dtype=dtype).eval()
+
+
+def text_model_config(folder: Path) -> Any:
+    """transformers' config of what `load_model` loads: of a text model alone, without dropout."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family = whole_of(config.model_type)
+    if family is not None and family.inside is not None:
+        whole, config = config, getattr(config, family.inside.key)
+        config.tie_word_embeddings = whole.tie_word_embeddings
+    _without_dropout(config)
+    return config
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it a module's parameters keep no values. Buffers do: they are computed and not read from files."""
+    plain = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied one comes a second time
+            param = nn.Parameter(param.detach().to("meta"))
+        plain(self, name, param)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain
+
+
 def reader(model: Any) -> Callable[[Row, int | None], Tensor]:
-    """Reads a table's rows from a model in memory."""
+    """Reads a table's rows from a model in memory, by all ranks together if they share it out."""
     state = dict(model.named_parameters())
-    return lambda row, layer: state[row.at(layer)].detach().cpu()
+    return lambda row, layer: gathered(state[row.at(layer)].detach()).cpu()
 
 
 def assembled(found: Sequence[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tensor:
@@ -122,10 +166,12 @@ def save_model(
     dtype: torch.dtype,
     tensor: Callable[[Row, int | None], Tensor],
     beside: Beside | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes config.json and the weights of a family's model, tensor by tensor, under their names on disk.
 
-    Of a text model inside a whole, with what is `beside` it there.
+    Of a text model inside a whole, with what is `beside` it there. A rank that doesn't write makes the same tensors in
+    the same order, so that others can gather them.
     """
     rows = placed(family.written(config), shape.axes)
     entries = [Entry(name, DTYPE_CODES[dtype], piece.shape) for name, (piece, _, _) in rows.items()]
@@ -140,5 +186,10 @@ def save_model(
         return last[1][piece.where].contiguous()
 
     written, others = (config, ()) if beside is None else (beside.config, beside.entries())
+    if not writes:
+        for entry in in_order([*entries, *others]):
+            if entry.name in rows:
+                produce(entry.name)
+        return
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     write(folder, [*entries, *others], produce)

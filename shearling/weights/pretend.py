@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shearling.arch import whole_of
+from shearling.weights.model import text_model_config
 
 
 def without_weights(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -15,14 +15,9 @@ def without_weights(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
 
     For where tensors have no storage: elsewhere it takes as much as the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    family = whole_of(config.model_type)
-    if family is not None and family.inside is not None:
-        whole, config = config, getattr(config, family.inside.key)
-        config.tie_word_embeddings = whole.tie_word_embeddings
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(text_model_config(folder), dtype=dtype).eval()
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from shearling.weights.header import DTYPES
 if TYPE_CHECKING:
     import torch
 
+SHARD_BYTES = 5_000_000_000
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -38,7 +40,7 @@ def write(
     entries: Sequence[Entry],
     produce: Callable[[str], "torch.Tensor"],
     *,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes model.safetensors, or numbered shards and their index, and fsyncs them; never over a file that exists.
@@ -69,6 +71,11 @@ def write(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise _disk_full(folder, total, f"{error.strerror} ({free} bytes free at the start)") from error
+
+
+def in_order(entries: Sequence[Entry], *, shard_bytes: int = SHARD_BYTES) -> list[Entry]:
+    """The order in which `write` asks for them."""
+    return [entry for shard in _plan(entries, shard_bytes) for entry in shard]
 
 
 def _plan(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:

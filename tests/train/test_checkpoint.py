@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from killed import apart
 
 from shearling.errors import UserError
+from shearling.ranks.ranks import ALONE
 from shearling.train.checkpoint import Checkpoints, Saved
-from shearling.train.ranks import ALONE
 
 TENSORS = {
     "model.weight": torch.arange(12.0).reshape(3, 4),

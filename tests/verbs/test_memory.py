@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shearling.data.store import Store
 from shearling.errors import UserError
+from shearling.ranks.ranks import Ranks
 from shearling.recipe import Heal, validated
 from shearling.record import read
 from shearling.stage import IDENTITY_FILE
@@ -41,11 +42,11 @@ def source(model_folder) -> Source:
 def trained(source, store_folder, ask_heal):
     """A healing as far as its memory goes."""
 
-    def make(*, axes: tuple[str, ...] = (), teacher: Options | None = None, ranks: int = 1, **options) -> Trained:
+    def make(*, axes: tuple[str, ...] = (), teacher: Options | None = None, **options) -> Trained:
         asked = ask_heal(**{**PLAIN, **options})
         session = Session.plan(asked, source, Store.open(store_folder), default_tokens=0, most_between_updates=1)
         teaching = Teaching.plan(teacher, teacher=source, student=source) if teacher else None
-        return Trained(source, session, asked, session.settings.steps, teaching, axes, ranks)
+        return Trained(source, session, asked, session.settings.steps, teaching, axes)
 
     return make
 
@@ -65,13 +66,17 @@ def test_what_lasts_follows_from_the_parameters(trained, source) -> None:
     assert found.on("cpu") == sum(found.parts.values()) + 3 * weights
     assert found.on("cuda") == found.total
     assert trained(save_every=5).need().saving == 0  # of a run of four steps
-    shared = trained(ranks=4).need()
-    assert shared.parts == {
-        **found.parts,
-        "weights": weights // 4,
-        "gradients": weights // 4,
-        "optimizer": weights // 2,
-    }
+
+
+def test_ranks_share_what_lasts_and_have_a_block_whole(trained, source) -> None:
+    alone, weights = trained(teacher=Options(share=0.5), micro_sequences=1), 4 * source.parameters
+    found = replace(alone, session=replace(alone.session, ranks=Ranks(count=4))).need()
+    d, inner, kv, vocab = 32, 48, 16, source.shape["vocab_size"]
+    block = 2 * d * d + 2 * kv * d + 3 * inner * d + 2 * d
+    quarters = {"weights": weights // 4, "gradients": weights // 4, "optimizer": weights // 2}
+    quarters["teacher_weights"] = weights // 4
+    assert found.parts == {**alone.need().parts, **quarters, "gathered": 4 * (2 * (2 * vocab + 1) * d + 3 * block)}
+    assert found.saving == 3 * weights // 4
 
 
 def test_masks_by_hand(trained, source) -> None:
@@ -149,8 +154,9 @@ def test_auto_takes_the_most_that_leaves_a_tenth(trained, monkeypatch) -> None:
 def test_what_cannot_be_rehearsed_is_said_and_not_refused(trained, monkeypatch, caplog) -> None:
     monkeypatch.setattr(memory, "rehearse", lambda *args, **options: 1 / 0)
     caplog.set_level(logging.WARNING)
-    found = trained()
-    assert found.within_memory() is found.session
+    session = trained().within_memory()
+    assert session.memory == {}
+    assert session.settings.micro_sequences == 4
     assert "memory can't be estimated (ZeroDivisionError" in caplog.text
 
 

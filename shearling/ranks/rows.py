@@ -1,40 +1,11 @@
-"""The processes of one run, and the rows of a tensor that each of them holds."""
+"""The rows of a tensor that a rank holds, and all of them."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process, and how many there are. `group` carries what they have to agree on, by the CPU.
-
-    One process is not a special case: it agrees with itself.
-    """
-
-    rank: int = 0
-    count: int = 1
-    group: Any = None
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the one that speaks for all."""
-        return self.rank == 0
-
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether it is up on some rank. Every rank comes here, and waits for the others."""
-        if self.count == 1:
-            return flags
-        found = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return tuple(bool(flag) for flag in found.tolist())
-
-
-ALONE = Ranks()
+from shearling.ranks.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -65,3 +36,8 @@ class Rows:
             else:
                 mine = mine and where[dim] == 0
         return cls(local, start, tuple(tensor.shape), mine)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, if its rows are shared out: every rank comes here for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

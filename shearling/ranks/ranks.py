@@ -1,0 +1,121 @@
+"""The processes of one run: what they agree on and what they sum up."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shearling.errors import UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)  # of a step or a save: longer, and somebody has died without being missed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, and how many there are. `group` carries what they have to agree on, by the CPU, and `saving` the
+    same for a thread that writes beside it; over `mesh` tensors are sharded (and replicated, if it has two dims).
+
+    One process is not a special case: it agrees with itself.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+    saving: Any = None
+    mesh: DeviceMesh | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks for all."""
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag, whether it is up on some rank. Every rank comes here, and waits for the others."""
+        if self.count == 1:
+            return flags
+        found = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return tuple(bool(flag) for flag in found.tolist())
+
+    def sum(self, number: int) -> int:
+        """Of a number on each rank. Every rank comes here."""
+        if self.count == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, group=self.group)
+        return int(found)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """A tensor's sum over ranks, in its place: on its own device, which nobody waits for."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Does some work on every rank. Where it fails on one it fails on all: with its own error there.
+
+        What only the first has to do, the others come here for with something that does nothing.
+        """
+        failed: BaseException | None = None
+        found: Any = None
+        try:
+            found = work()
+        except Exception as error:
+            failed = error
+        if any(self.any(failed is not None)):
+            raise failed or OnAnotherRank
+        return found
+
+    def by_the_first(self, work: Callable[[], Any]) -> None:
+        """Has the first do some work, while the others wait for it."""
+        self.together(work if self.first else lambda: None)
+
+
+class OnAnotherRank(RuntimeError):
+    """Something went wrong there, and is said there."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank could not do its part: see what it said")
+
+
+@contextmanager
+def joined(device: str, *, replicate: int = 1) -> Iterator[tuple[Ranks, str]]:
+    """This process among those that torchrun has started, and its device of the kind asked for; alone without torchrun.
+
+    `replicate` groups of ranks each hold a whole model, sharded among them. Raises UserError unless it divides them.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count % replicate:
+        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        change = f"one of {fitting}"
+        raise UserError("--replicate", found=replicate, expected=f"a divisor of the {count} ranks", change=change)
+    if count == 1:
+        yield ALONE, device
+        return
+    kind, own = device.partition(":")[0], not dist.is_initialized()
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if own:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        group, saving = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+        shape, names = ((count,), ("shard",))
+        if replicate > 1:
+            shape, names = (replicate, count // replicate), ("replicate", "shard")
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+        yield Ranks(dist.get_rank(), count, group, saving, mesh), device
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+ALONE = Ranks()

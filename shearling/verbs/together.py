@@ -1,0 +1,102 @@
+"""What a verb does with several processes: one of them owns the stage, all of them share the models."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from shearling.loss.cross_entropy import token_losses
+from shearling.loss.held_out import Sums, Windows
+from shearling.masks.attach import Attached
+from shearling.ranks.ranks import Ranks
+from shearling.ranks.sharded import inside, shard
+from shearling.stage import Stage
+from shearling.verbs.source import Source
+from shearling.weights.model import empty_model, load_model
+
+T = TypeVar("T", bound=Windows)
+
+
+@contextmanager
+def entered(stage: Stage, ranks: Ranks) -> Iterator[Path]:
+    """The stage's folder, which the first rank holds and which becomes its output when all are done with it."""
+    with ExitStack() as held:
+        ranks.by_the_first(lambda: held.enter_context(stage))
+        yield stage.partial
+        ranks.any()  # nobody reads in it any more
+    ranks.any()  # it has its name
+
+
+def is_done(stage: Stage, ranks: Ranks) -> bool:
+    """Whether a stage is finished, as the first rank sees it."""
+    (done,) = ranks.any(ranks.first and stage.done)
+    return done
+
+
+def load(
+    source: Source, *, device: str, ranks: Ranks, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None
+) -> Any:
+    """A source's model, shared out if there are several ranks, which then compute in `compute`."""
+    if ranks.count == 1:
+        return load_model(source.folder, dtype=dtype, device=device)
+    model = empty_model(source.folder, dtype=dtype)
+    _share(model, source, device, ranks, compute)
+    return model
+
+
+def load_under_masks(
+    source: Source, axes: tuple[str, ...], *, device: str, ranks: Ranks, compute: torch.dtype | None
+) -> Attached:
+    """The same in float32, with masks on it along `axes`."""
+    if ranks.count == 1:
+        model = load_model(source.folder, device=device)
+        return Attached(model, source.family, config=source.config, axes=axes)
+    model = empty_model(source.folder, dtype=torch.float32)
+    attached = Attached(model, source.family, config=source.config, axes=axes, device=torch.device(device))
+    _share(model, source, device, ranks, compute)
+    return attached
+
+
+def _share(model: Any, source: Source, device: str, ranks: Ranks, compute: torch.dtype | None) -> None:
+    rows = {row.at(layer): (row, layer) for row, layer in source.family.named(source.config)}
+    shard(
+        model, source.blocks(), read=lambda name: source.read(*rows[name]), ranks=ranks, device=device, compute=compute
+    )
+
+
+class Evenly:
+    """Held-out windows dealt to ranks whose model is shared out: none is done before the others, who need it."""
+
+    def __init__(self, model: Any, ranks: Ranks, *, length: int):
+        self.model, self.ranks, self.passes = model, ranks, 0
+        self._dummy = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+
+    def counted(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same, with a count of how many there were."""
+        for windows in batches:
+            self.passes += 1
+            yield windows
+
+    def together(self, sums: Sums) -> Sums:
+        """The sum over ranks of one domain's sums, once all have gone through the model equally often."""
+        if self.ranks.count == 1:
+            return sums
+        sizes = torch.tensor([self.passes, len(sums.nats)])
+        dist.all_reduce(sizes, dist.ReduceOp.MAX, group=self.ranks.group)
+        most, documents = sizes.tolist()
+        for _ in range(most - self.passes):
+            inside(self.model, token_losses, self._dummy)
+        self.passes = 0
+        sums = sums.over(documents)
+        counts = torch.cat([sums.tokens, torch.tensor([sums.windows])])
+        dist.all_reduce(sums.nats, group=self.ranks.group)
+        dist.all_reduce(counts, group=self.ranks.group)
+        return Sums(sums.nats, counts[:-1], int(counts[-1]))
+
+
+def dealt(ranks: Ranks) -> Mapping[str, int]:
+    """A rank's place among those that windows are dealt to."""
+    return {"rank": ranks.rank, "ranks": ranks.count}

@@ -1,0 +1,88 @@
+"""Sharded over two ranks: the gradients of weights and masks are those of one process in float64."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from small_experts import small_experts
+from small_models import Small, small, small_of_any
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from two_ranks import on_ranks
+
+from shearling.axes.axis import FOLLOWS, MASKABLE, mask_shape
+from shearling.data.batch import Batch
+from shearling.masks.attach import Attached
+from shearling.ranks.ranks import ALONE, Ranks, joined
+from shearling.ranks.rows import gathered
+from shearling.ranks.sharded import inside
+from shearling.train.objective import NextToken
+from shearling.verbs.source import Source
+from shearling.verbs.together import load_under_masks
+
+MADE = {
+    "llama, tied": partial(small, "llama", tied=True, biases=True),
+    "qwen3": partial(small, "qwen3"),
+    "gpt2": partial(small_of_any, "gpt2", tied=True),
+    "gemma2": partial(small_of_any, "gemma2", tied=True),
+    "qwen3_moe": partial(small_experts, "qwen3_moe"),
+}
+Gradients = dict[str, Tensor]
+
+
+def masks_of(made: Small) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    axes = [axis for axis in MASKABLE if axis in made.shape.axes and axis not in FOLLOWS]
+    masks = {axis: 0.1 + 0.9 * torch.rand(mask_shape(axis, made.shape.axes), generator=generator) for axis in axes}
+    return {axis: mask.requires_grad_() for axis, mask in masks.items()}
+
+
+def gradients(attached: Attached, masks: dict[str, Tensor], batch: Batch, ranks: Ranks, *, micro: int) -> Gradients:
+    """Of the mean loss over a batch of which this rank has its part, all of each of them."""
+    attached.set(masks, support=masks)
+    targets = ranks.sum(batch.num_targets())
+    for part in batch.split(micro):
+        losses = inside(attached.model, NextToken(1), part)
+        (losses.total * (ranks.count / targets)).backward()
+    attached.push(over_ranks=lambda gradient: ranks.add_up(gradient) / ranks.count)
+    named = {name: p.grad for name, p in attached.model.named_parameters()} | {a: m.grad for a, m in masks.items()}
+    return {name: gathered(grad).clone() for name, grad in named.items() if grad is not None}
+
+
+def on_one_rank(made: Small, folder: Path, checkpointing: bool) -> tuple[Gradients, int]:
+    with joined("cpu") as (ranks, device):
+        masks = masks_of(made)
+        source = Source.open(str(folder))
+        attached = load_under_masks(source, tuple(masks), device=device, ranks=ranks, compute=None)
+        assert all(isinstance(parameter, DTensor) for parameter in attached.model.parameters())
+        held = sum(gathered_bytes(parameter) for parameter in attached.model.parameters())
+        if checkpointing:
+            attached.model.train()
+            attached.model.activation_checkpointing_enable({"use_reentrant": False})
+        ids = made.ids(sequences=4)[ranks.rank * 2 : ranks.rank * 2 + 2]
+        return gradients(attached, masks, Batch(ids, (0, 0)), ranks, micro=1), held
+
+
+def gathered_bytes(parameter: Tensor) -> int:
+    return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), [*((name, False) for name in MADE), ("qwen3", True)])
+def test_gradients_of_weights_and_masks(name: str, checkpointing: bool, tmp_path: Path) -> None:
+    made = MADE[name]()
+    made.model.save_pretrained(tmp_path)
+    (found, held), (other, _) = on_ranks(on_one_rank, made, tmp_path, checkpointing)
+
+    made.model.double()
+    masks = {axis: mask.detach().double().requires_grad_() for axis, mask in masks_of(made).items()}
+    attached = Attached(made.model, made.family, config=made.config, axes=tuple(masks))
+    expected = gradients(attached, masks, Batch(made.ids(sequences=4), (0,) * 4), ALONE, micro=1)
+
+    assert found.keys() == other.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in expected.items():
+        assert torch.equal(found[key], other[key]), key
+        error = float((found[key] - gradient).abs().max()) / max(float(gradient.abs().max()), 1e-3 * largest)
+        assert error < 1e-5, f"{key}: {error}"
+    assert held < 0.6 * sum(parameter.numel() * 4 for parameter in made.model.parameters())
