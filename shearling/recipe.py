@@ -17,7 +17,7 @@ from shearling.strict_yaml import StrictLoader, read_mapping
 from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
-BRANCH = re.compile(r"(dict|list)\[.*|constrained-\w+|str|int|float")  # what pydantic calls the branches of a union
+BRANCH = re.compile(r"(dict|list|literal)\[.*|constrained-\w+|str|int|float")  # what pydantic calls a union's branches
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -59,6 +59,7 @@ Target = Annotated[dict[str, int], BeforeValidator(parse_shape)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 AtEnd = Literal["refuse", "stop", "redistribute", "repeat"]
 Count = Annotated[int, Field(gt=0)]
+Micro = Count | Literal["auto"]  # windows at a time; auto: as many as there is memory for
 
 
 class Section(BaseModel):
@@ -78,7 +79,7 @@ class Training(Section):
     lr: float | None = Field(default=None, gt=0)
     batch_tokens: Tokens | None = None
     seq_len: int | None = Field(default=None, gt=1)
-    micro_sequences: int | None = Field(default=None, gt=0)
+    micro_sequences: Micro | None = None
     mixture: Mixture = Mixture()
     teacher: Teacher = Teacher()
     repeats: dict[str, Count] | Count | None = None  # readings of a domain; left out: unlimited
@@ -143,7 +144,7 @@ class Phase(Section):
     lr: float | None = Field(default=None, gt=0)
     batch_tokens: Tokens | None = None
     seq_len: int | None = Field(default=None, gt=1)
-    micro_sequences: int | None = Field(default=None, gt=0)
+    micro_sequences: Micro | None = None
     mixture: Mixture | None = None
     repeats: dict[str, Count] | Count | None = None
     at_end: AtEnd | None = None

@@ -16,6 +16,9 @@ Steps = Annotated[int | None, typer.Option(help="How many optimizer steps, inste
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate; left out, from the model's size.")]
 BatchTokens = Annotated[str | None, typer.Option(help="Tokens in a step; left out, from size and budget.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in a window; left out, min(2048, the model's maximum).")]
+MicroBatch = Annotated[
+    str | None, typer.Option(help="Windows that go through the model at once: a number, or auto, by the memory here.")
+]
 Seed = Annotated[int, typer.Option(help="Decides data order and noise.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; left out, the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the result's weights; left out, the source's.")]

@@ -26,6 +26,7 @@ from shearling.cli.options import (
     Json,
     KlShare,
     Lr,
+    MicroBatch,
     MixtureRule,
     MixtureSchedule,
     Model,
@@ -287,6 +288,7 @@ def prune(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = False,
+    micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
 ) -> None:
@@ -296,7 +298,7 @@ def prune(
     masks = those_given(relaxation=relaxation, start=start, lr=mask_lr)
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
-    training |= those_given(save_every=save_every)
+    training |= those_given(save_every=save_every, micro_sequences=micro_batch)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -353,6 +355,7 @@ def heal(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = False,
+    micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
 ) -> None:
@@ -361,7 +364,7 @@ def heal(
 
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
-    asked |= those_given(save_every=save_every)
+    asked |= those_given(save_every=save_every, micro_sequences=micro_batch)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}

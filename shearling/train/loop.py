@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,7 @@ from shearling.errors import UserError
 from shearling.ranks.ranks import ALONE, Ranks
 from shearling.ranks.rows import gathered
 from shearling.ranks.sharded import inside
+from shearling.train.halving import with_room
 from shearling.train.objective import Losses, Objective
 from shearling.train.optim import not_finite, step_unless
 from shearling.train.step import Draw, Evaluate, Keep, Log, OnStep, Settings, State, Steering, Term
@@ -40,7 +42,8 @@ def train(
     Each optimizer's groups hold their peak rate as `peak_lr`; the schedule multiplies all of them. Groups marked
     `clip=False` are left out of gradient clipping. A step whose gradients aren't finite changes no weights. Raises
     UserError after so many of them in a row. Each of the `ranks` draws its share of a batch; what they find is summed
-    up, so that all end in the same state. Events logged: "step", "skipped", "held_out", "mixture", "data_ended".
+    up, so that all end in the same state. Events logged: "step", "skipped", "held_out", "mixture", "data_ended",
+    "micro_batch".
     """
     device = next(model.parameters()).device
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -54,9 +57,8 @@ def train(
         if batch is None:
             log("data_ended", step=step, tokens=state.tokens)
             break
-        for term in terms:
-            term.begin(step)
-        losses = _accumulate(model, batch, objective, settings, device, ranks)
+        forth_and_back = partial(_begin, model, batch, objective, device=device, ranks=ranks, terms=terms, step=step)
+        losses, settings = with_room(forth_and_back, settings, optimizers=optimizers, log=log)
         for term in terms:
             term.backward(step)
         norm = gathered(torch.nn.utils.clip_grad_norm_(clipped, settings.clip_norm))
@@ -121,6 +123,23 @@ def _check_skipped(state: State, losses: Losses, settings: Settings, log: Log, k
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _begin(
+    model: Any,
+    batch: Batch,
+    objective: Objective,
+    settings: Settings,
+    *,
+    device: torch.device,
+    ranks: Ranks,
+    terms: Sequence[Term],
+    step: int,
+) -> Losses:
+    """A step up to its gradients; again, if there was no memory for it."""
+    for term in terms:
+        term.begin(step)
+    return _accumulate(model, batch, objective, settings, device, ranks)
 
 
 def _accumulate(

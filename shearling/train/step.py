@@ -27,6 +27,7 @@ class Settings:
     log_every: int = 1
     skip_at_most: int = 10  # steps in a row whose gradients aren't finite
     autocast: torch.dtype | None = None
+    halves: bool = False  # `micro_sequences`, where a step runs out of memory
 
     @property
     def batch_tokens(self) -> int:

@@ -21,6 +21,7 @@ from shearling.train.step import State
 from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, tidied
+from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -80,6 +81,7 @@ def _heal(
     if is_done(stage, ranks):
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
+    phases = [replace(p, session=_fitting(p, phases, source, teaching)) for p in phases]
     source.check_finite()
     check_sums(phase.session.feed.store for phase in phases)
     if teaching:
@@ -109,6 +111,11 @@ def _plan(asked: Heal, *, source: Source, data: str, same_mixture: bool, device:
 
 def _aimed(phase: PhasePlan, source: Source) -> Session:
     return aimed(phase.session, phase.asked.mixture, lambda: source_losses(source, phase.session))
+
+
+def _fitting(phase: PhasePlan, phases: Sequence[PhasePlan], source: Source, teaching: Teaching | None) -> Session:
+    steps = sum(each.session.settings.steps for each in phases)
+    return Trained(source, phase.session, phase.asked, steps, teaching).within_memory()
 
 
 @dataclass(frozen=True)

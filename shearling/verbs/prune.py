@@ -20,6 +20,7 @@ from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
 from shearling.data.store import Store
 from shearling.loss.held_out import by_domain
+from shearling.masks.gates import cut_axes
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.relaxations import make_gates
 from shearling.ranks.ranks import Ranks, joined
@@ -32,6 +33,7 @@ from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, has_checkpoint, tidied
+from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -103,6 +105,9 @@ def _prune(
         return _read_back(stage.out)
     for note in (*notes, *session.notes):
         log.info(note)
+    if asked.method == "masks" and target != source.shape:
+        trained = Trained(source, session, asked, session.settings.steps, teaching, cut_axes(source.shape, target))
+        session = trained.within_memory()
     source.check_finite()
     check_sums([store])
     if teaching:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, isfinite, log2
 from typing import Any
@@ -67,6 +67,7 @@ class Session:
     ranks: Ranks = ALONE
     steering: Steered | None = None
     notes: tuple[str, ...] = ()
+    memory: Mapping[str, Any] = field(default_factory=dict)  # what a step is estimated to take
 
     @classmethod
     def plan(
@@ -88,12 +89,14 @@ class Session:
         batch_tokens = asked.batch_tokens or default_batch_tokens(source.parameters, tokens)
         sequences = _sequences(batch_tokens / seq_len, ranks, asked.batch_tokens)
         steps = asked.steps or max(1, round(tokens / (sequences * seq_len)))
-        micro = asked.micro_sequences or max(1, FORWARD_TOKENS // seq_len)
+        auto = asked.micro_sequences == "auto"  # then at most the batch: verbs/memory.py says how many
+        micro = sequences if auto else asked.micro_sequences or max(1, FORWARD_TOKENS // seq_len)
         settings = Settings(
             steps=steps,
             seq_len=seq_len,
             batch_sequences=sequences,
-            micro_sequences=min(micro, sequences // ranks.count),
+            micro_sequences=min(int(micro), sequences // ranks.count),
+            halves=auto and ranks.count == 1,
             domains=store.domains,
             schedule=_schedule(asked),
             clip_norm=asked.clip_norm,
@@ -225,6 +228,7 @@ class Session:
             "autocast": str(s.autocast),
             "seed": self.feed.seed,
             "ranks": self.ranks.count,
+            **({"memory": dict(self.memory)} if self.memory else {}),
         }
 
     def describe_mixture(self, state: State) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A teacher for a student: opened, checked against it, loaded when it is first asked, an objective for each session."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,27 @@ from shearling.teacher.live import LiveTeacher
 from shearling.teacher.model import Reader, check_same_tokens, default_dtype, kept_of, load_teacher
 from shearling.teacher.options import Options
 from shearling.train.distilled import Distilled, Streams, linear
-from shearling.verbs.session import Session
+from shearling.verbs.session import Session, choose_device
 from shearling.verbs.source import Source
 from shearling.verbs.together import load
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """A teacher made ready for a student. `alignment`: what of their residual streams is compared, if anything."""
+    """A teacher made ready for a student. `alignment`: what of their residual streams is compared, if anything.
+
+    `loader` gives its model, as `load_teacher` does.
+    """
 
     options: Options
     teacher: Source
     alignment: Alignment | None
+    loader: Callable[..., Any] = load_teacher
 
     @classmethod
     def plan(cls, options: Options, *, teacher: Source, student: Source) -> "Teaching":
-        """Raises UserError for a teacher of other tokens, and for hidden states that can't be compared."""
+        """Raises UserError for a teacher of other tokens, on no device here, and for streams that can't be compared."""
+        choose_device(options.device)
         check_same_tokens(_reader(teacher), _reader(student))
         if not options.hidden:
             return cls(options, teacher, None)
@@ -93,6 +98,18 @@ class Teaching:
         if self.options.cache is not None:
             Cache.check(*self._cache_of(Path(self.options.cache), session))
 
+    def running(self, loader: Callable[..., Any]) -> "Teaching":
+        """The same with a teacher that runs along, whatever is in a cache, its model as `loader` gives it."""
+        return replace(self, options=replace(self.options, cache=None), loader=loader)
+
+    def in_dtype(self, name: str) -> "Teaching":
+        """The same, its weights in another dtype."""
+        return replace(self, options=replace(self.options, dtype=name))
+
+    def dtype(self, device: str) -> torch.dtype:
+        """What its weights are in, beside a student on this device."""
+        return self._dtype(self.options.device or device)
+
     def flops(self, session: Session, tokens: int) -> float:
         """FLOPs of the teacher's forward passes over so many tokens; what a cache saves of them isn't known before."""
         return session.flops(self.teacher, self.teacher.shape, tokens=tokens) / 3
@@ -111,7 +128,7 @@ class Teaching:
             if ranks.count > 1 and weights == "as_is":
                 model = load(self.teacher, device=device, ranks=ranks, dtype=dtype).requires_grad_(False)
             else:  # int8 weights can't be shared out: each rank has all of them
-                model = load_teacher(self.teacher.folder, device=device, dtype=dtype, weights=weights)
+                model = self.loader(self.teacher.folder, device=device, dtype=dtype, weights=weights)
             self._loaded[device] = model
         return self._loaded[device]
 

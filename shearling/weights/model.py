@@ -104,7 +104,15 @@ def _without_dropout(config: Any) -> None:
 
 def empty_model(folder: Path, *, dtype: torch.dtype) -> Any:
     """The same, its parameters on the meta device and still to be filled, its buffers on the CPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(text_model_config(folder), dtype=dtype).eval()
+
+
+def text_model_config(folder: Path) -> Any:
+    """transformers' config of what `load_model` loads: of a text model alone, without dropout."""
+    from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     family = whole_of(config.model_type)
@@ -112,8 +120,7 @@ def empty_model(folder: Path, *, dtype: torch.dtype) -> Any:
         whole, config = config, getattr(config, family.inside.key)
         config.tie_word_embeddings = whole.tie_word_embeddings
     _without_dropout(config)
-    with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return config
 
 
 @contextmanager

@@ -37,7 +37,29 @@ class BrokenAt:
         return Losses(losses.total * torch.nan, {"loss": losses.sums["loss"] + nan}, losses.counts)
 
 
-def run(*, micro: int, steps: int = 4, autocast: torch.dtype | None = None, objective=None, skip_at_most: int = 10):
+class OutOfMemoryOnce:
+    """Next tokens, but at more windows than so many there is no memory for the second half of a batch."""
+
+    def __init__(self, most: int):
+        self.most, self.plain, self.seen = most, NextToken(2), []
+
+    def __call__(self, model, batch):
+        self.seen.append(len(batch))
+        if len(batch) > self.most:
+            (self.plain(model, batch).total * 7).backward()  # what the failed step leaves
+            raise torch.OutOfMemoryError("injected")
+        return self.plain(model, batch)
+
+
+def run(
+    *,
+    micro: int,
+    steps: int = 4,
+    autocast: torch.dtype | None = None,
+    objective=None,
+    skip_at_most: int = 10,
+    halves: bool = False,
+):
     made = small("llama", tied=True)
     events: list[tuple[str, dict]] = []
     settings = Settings(
@@ -50,6 +72,7 @@ def run(*, micro: int, steps: int = 4, autocast: torch.dtype | None = None, obje
         eval_every=2,
         autocast=autocast,
         skip_at_most=skip_at_most,
+        halves=halves,
     )
     held = {"a": [HeldOut(tokens(40, seed=99))]}
     state = train(
@@ -256,3 +279,23 @@ def test_fault_22_so_many_of_them_in_a_row_end_the_run() -> None:
     told = r"of the loss of b\) that aren't finite, in 3 steps in a row up to step 4; .*the last good checkpoint: none"
     with pytest.raises(UserError, match=told):
         run(micro=4, steps=6, objective=BrokenAt(2, 3, 4), skip_at_most=3)
+
+
+def test_a_micro_batch_too_large_is_halved_and_nothing_else_changes() -> None:
+    objective = OutOfMemoryOnce(1)
+    halved, _, events = run(micro=4, objective=objective, halves=True)
+    assert objective.seen == [4, 2, *[1] * 16]
+    said = [fields for event, fields in events if event == "micro_batch"]
+    assert said == [
+        {"out_of_memory_at": 4, "micro_sequences": 2},
+        {"out_of_memory_at": 2, "micro_sequences": 1},
+    ]
+    plain, _, _ = run(micro=1)
+    for a, b in zip(halved.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("micro", "halves"), [(4, False), (1, True)])
+def test_out_of_memory_where_nothing_can_be_halved(micro, halves) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        run(micro=micro, objective=OutOfMemoryOnce(0), halves=halves)

@@ -116,3 +116,8 @@ def test_options_off_by_default() -> None:
     assert Options(share_end=0.5).wanted
     assert Options(share=0.3).end == 0.3
     assert Options().weights == "as_is"
+
+
+def test_a_teacher_on_a_device_that_is_not_here(cut, model_folder) -> None:
+    with pytest.raises(UserError, match=r"device: found 'abacus'; expected .*cpu"):
+        Teaching.plan(Options(share=0.5, device="abacus"), teacher=Source.open(str(model_folder)), student=cut)

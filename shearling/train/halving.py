@@ -1,0 +1,38 @@
+"""What a step does where there is less memory than was estimated: the same again, with fewer windows at a time."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch.optim import Optimizer
+
+from shearling.train.objective import Losses
+from shearling.train.step import Log, Settings
+
+logger = logging.getLogger(__name__)
+
+
+def with_room(
+    step: Callable[[Settings], Losses], settings: Settings, *, optimizers: Sequence[Optimizer], log: Log
+) -> tuple[Losses, Settings]:
+    """What `step`, a batch's gradients, comes to at these settings, or where they allow it at half the micro-batch and
+    so on; and the settings from here on. Says so, in an event "micro_batch", where it had to.
+
+    A step that runs out of memory must be one that can begin again. Several ranks can't do this: the others would not
+    know.
+    """
+    while True:
+        try:
+            return step(settings), settings
+        except torch.OutOfMemoryError:
+            if not settings.halves or settings.micro_sequences == 1:
+                raise
+        # Not in the handler, where the error would still hold all that the step had made.
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        before = settings.micro_sequences
+        settings = replace(settings, micro_sequences=before // 2)
+        log("micro_batch", out_of_memory_at=before, micro_sequences=settings.micro_sequences)
+        logger.warning("out of memory with %d windows at once: from here on %d", before, settings.micro_sequences)

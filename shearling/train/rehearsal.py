@@ -1,0 +1,158 @@
+"""What a training step takes in memory: the step is rehearsed on tensors that have no storage, and counted.
+
+Nothing of it is a formula, so nothing of it is about a family, a mask or a loss: the objective that will train runs on
+the model that will be trained, and each storage that the tensors would have is counted from when it is made until the
+last tensor in it is gone. What can't be seen is what kernels take inside themselves, and what an allocator loses.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shearling.data.batch import Batch
+from shearling.train.objective import Losses
+
+GROUPED = torch.ops.aten._grouped_mm.default
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes on a device by part, while it is entered; `peak` are the parts when most was there.
+
+    What is made belongs to the part that is `current`, except casts of weights, which autocast keeps. Weights that were
+    there before are held by `hold`.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = torch.empty(0, device=device).device  # which has a number where that had none
+        self.current = "activations"
+        self.peak: Mapping[str, int] = {}
+        self._live: dict[int, tuple[int, str]] = {}
+        self._sums: Counter[str] = Counter()
+        self._now = self._most = 0
+        self._weights: set[int] = set()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is made within belongs to `name`."""
+        before, self.current = self.current, name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def hold(self, tensors: Iterable[Tensor], part: str, nbytes: Callable[[Tensor], int] | None = None) -> None:
+        """Counts tensors as they are, or by what `nbytes` says that each will take."""
+        for tensor in tensors:
+            self._weights.add(tensor.untyped_storage()._cdata)
+            self._note(tensor, part, None if nbytes is None else nbytes(tensor))
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """Has what a tensor is in belong to another part from now on."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._live:
+            nbytes, before = self._live[key]
+            self._sums[before] -= nbytes
+            self._sums[part] += nbytes
+            self._live[key] = (nbytes, part)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # which asks for a tensor's device, very often
+            return func(*args, **(kwargs or {}))
+        found = _grouped(*args, **(kwargs or {})) if func is GROUPED else func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._note(leaf, "casts" if cast else self.current)
+        return found
+
+    def _note(self, tensor: Tensor, part: str, nbytes: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        if key in self._live or device != self.device:
+            return
+        nbytes = storage.nbytes() if nbytes is None else nbytes
+        self._live[key] = (nbytes, part)
+        weakref.finalize(storage, self._gone, key)
+        self._sums[part] += nbytes
+        self._now += nbytes
+        if self._now > self._most:
+            self._most, self.peak = self._now, dict(self._sums)
+
+    def _gone(self, key: int) -> None:
+        nbytes, part = self._live.pop(key)
+        self._sums[part] -= nbytes
+        self._now -= nbytes
+
+
+@contextmanager
+def pretending(device: str) -> Iterator[None]:
+    """Within it tensors have sizes and devices and no storage; they are made on `device` if nothing else is said."""
+    with FakeTensorMode(), torch.device(device):
+        yield
+
+
+def rehearse(
+    model: Any,
+    objective: Callable[[Any, Batch], Losses],
+    batch: Batch,
+    *,
+    ledger: Ledger,
+    autocast: torch.dtype | None,
+    accumulates: bool,
+    apart: Iterable[nn.Module] = (),
+) -> None:
+    """A micro-batch forward and backward, into gradients that are there already if it `accumulates`.
+
+    Within `pretending`, all of it, and the model's weights held by the ledger. What the models make that are `apart`
+    (a teacher) belongs to "teacher".
+    """
+    kind = batch.ids.device.type
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with ledger, ExitStack() as hooks:
+        if accumulates:
+            with ledger.part("gradients"):
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter)
+        for parameter in parameters:
+            handle = parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
+            hooks.callback(handle.remove)
+        for other in apart:
+            hooks.callback(other.register_forward_pre_hook(lambda *_: _turn(ledger, "teacher")).remove)
+        hooks.callback(model.base_model.register_forward_pre_hook(lambda *_: _turn(ledger, "activations")).remove)
+        hooks.callback(model.base_model.register_forward_hook(lambda _, args, out: _after(ledger, out)).remove)
+        with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+            losses = objective(model, batch)
+        losses.total.backward()
+        ledger.current = "activations"
+
+
+def _turn(ledger: Ledger, part: str) -> None:
+    ledger.current = part
+
+
+def _after(ledger: Ledger, output: Any) -> None:
+    """From the model's last hidden states to their gradient all is the head's."""
+    ledger.current = "logits"
+    hidden = output.last_hidden_state
+    if hidden.requires_grad:
+        hidden.register_hook(lambda grad: _turn(ledger, "activations"))
+
+
+def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, *rest: Any, **options: Any) -> Tensor:
+    # Of experts' products. What torch has for tensors without storage refuses fp32, which the kernels take.
+    if a.dim() == 2 and b.dim() == 2:
+        assert offsets is not None
+        return a.new_empty(len(offsets), a.shape[0], b.shape[1])
+    if a.dim() == 3 and b.dim() == 2:
+        return a.new_empty(a.shape[1], b.shape[1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])

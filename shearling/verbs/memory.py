@@ -1,0 +1,276 @@
+"""Memory before a run: what its steps will take, whether that is there, and what would fit if it isn't."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shearling.axes.axis import mask_shape
+from shearling.data.batch import Batch
+from shearling.errors import UserError
+from shearling.masks.attach import Attached
+from shearling.ranks.ranks import ALONE, Ranks
+from shearling.recipe import Training
+from shearling.train.rehearsal import Ledger, pretending, rehearse
+from shearling.train.room import Room, room_on
+from shearling.verbs.balancing import balanced
+from shearling.verbs.session import Session
+from shearling.verbs.source import Source
+from shearling.verbs.teaching import Teaching
+from shearling.weights.pretend import whole_windows, without_weights
+
+log = logging.getLogger(__name__)
+
+AUTO_SHARE = 0.9  # of what is there, for a number of windows that nobody has tried
+MOMENTS = 2  # AdamW's, for each parameter
+# Of an entry of a mask, in fp32: its gate, that one's gradient and moments, its score and whether it is closed.
+GATE_BYTES = 6 * 4
+SHARED = ("weights", "gradients", "optimizer", "teacher_weights")  # among ranks
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the fullest moment of training, by part. `saving`: of copies beside it while a checkpoint is written.
+
+    Those lie in the computer's memory wherever the run is.
+    """
+
+    parts: Mapping[str, int]
+    saving: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def on(self, device: str) -> int:
+        """All that its device has to hold."""
+        return self.total + (self.saving if device == "cpu" else 0)
+
+    def __str__(self) -> str:
+        parts = [(part, nbytes) for part, nbytes in self.parts.items() if nbytes]
+        parts += [("a copy while a checkpoint is written", self.saving)] if self.saving else []
+        return ", ".join(f"{in_gigabytes(nbytes)} {part.replace('_', ' ')}" for part, nbytes in parts)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training session as far as its memory goes. `axes`: those that masks lie on; `steps`: of the whole stage."""
+
+    source: Source
+    session: Session
+    asked: Training
+    steps: int
+    teaching: Teaching | None = None
+    axes: tuple[str, ...] = ()
+
+    def within_memory(self) -> Session:
+        """The session with what it takes, and the micro-batch chosen if it is to be. Raises UserError if it can't fit.
+
+        Where a model can't be rehearsed nothing is known and nothing is refused, which is said. Ranks agree on the
+        smallest micro-batch that one of them has chosen.
+        """
+        ranks, settings = self.session.ranks, self.session.settings
+        session = ranks.together(self._within_memory)
+        choices = [settings.micro_sequences, *(each.session.settings.micro_sequences for each in self._smaller())]
+        too_many = ranks.any(*(session.settings.micro_sequences < choice for choice in choices))
+        agreed = next(choice for choice, many in zip(choices, too_many, strict=True) if not many)
+        return replace(session, settings=replace(session.settings, micro_sequences=agreed))
+
+    def _within_memory(self) -> Session:
+        device, auto = self.session.device, self.asked.micro_sequences == "auto"
+        try:
+            room, need = self._room(device), self.need()
+            chosen = self._largest(room) if auto and room and need.on(device) > AUTO_SHARE * room.nbytes else self
+            need = need if chosen is self else chosen.need()
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:
+            log.warning("memory can't be estimated (%s: %s)", type(error).__name__, error)
+            return self.session
+        if room is not None and need.on(device) > room.nbytes:
+            raise chosen._refused(room, need)
+        host = self._room("cpu")
+        if device != "cpu" and host is not None and need.saving > host.nbytes:
+            raise self._cannot_save(host, need.saving)
+        said = {f"{part}_bytes": nbytes for part, nbytes in need.parts.items()}
+        said |= {"total_bytes": need.total, "saving_bytes": need.saving, "free_bytes": room.nbytes if room else None}
+        log.info("memory: %s of %s", in_gigabytes(need.on(device)), in_gigabytes(room.nbytes) if room else "?")
+        return replace(chosen.session, memory=said)
+
+    def need(self) -> Need:
+        """By a rehearsal of a step, or of two micro-batches where a batch has more than one."""
+        settings, device, session = self.session.settings, self.session.device, replace(self.session, ranks=ALONE)
+        with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
+            model, ledger = without_weights(self.source.folder), Ledger(device)
+            ledger.hold(model.parameters(), "weights")
+            attached = None
+            if self.axes:
+                with ledger, ledger.part("masks"):
+                    attached = Attached(model, self.source.family, config=self.source.config, axes=self.axes)
+                    masks = {axis: torch.ones(shape, requires_grad=True) for axis, shape in self._mask_shapes().items()}
+                    attached.set(masks, support=masks)
+            session.prepare(model, self.asked.model_copy(update={"compile": False}), self.source.blocks())
+            objective, apart = session.objective(), []
+            if self.teaching:
+                teaching = self.teaching.running(lambda folder, **options: _teacher(folder, ledger, apart, **options))
+                objective = teaching.objective(session, under=attached)
+            objective = balanced(objective, self.source) or objective
+            rehearse(
+                model,
+                objective,
+                self._batch(),
+                ledger=ledger,
+                autocast=settings.autocast,
+                accumulates=settings.micro_sequences < settings.batch_sequences // self.session.ranks.count,
+                apart=[teacher.base_model for teacher in apart],
+            )
+            weights, gathered = sum(p.nbytes for p in model.parameters()), self._gathered(model)
+        return self._summed(dict(ledger.peak), weights, gathered)
+
+    def _summed(self, parts: dict[str, int], weights: int, gathered: int) -> Need:
+        """With what is there throughout; or as it is while the optimizer steps, if more is there then."""
+        gates = GATE_BYTES * sum(prod(shape) for shape in self._mask_shapes().values())
+        lasting = {"weights": weights, "gradients": weights, "optimizer": MOMENTS * weights}
+        stepping = {**lasting, "teacher_weights": parts.get("teacher_weights", 0), "masks": parts.get("masks", 0)}
+        parts |= {"optimizer": lasting["optimizer"]}
+        parts = max(parts, stepping, key=lambda found: sum(found.values()))
+        parts["masks"] = parts.get("masks", 0) + gates
+        shards = _shards(self.session.ranks)
+        whole = () if self.teaching is None or self.teaching.options.weights == "as_is" else ("teacher_weights",)
+        parts |= {part: parts.get(part, 0) // shards for part in SHARED if part not in whole}
+        parts |= {"gathered": gathered} if gathered else {}
+        never = self.asked.save_every is not None and self.asked.save_every > self.steps
+        return Need(parts, 0 if never else (1 + MOMENTS) * weights // shards + gates)
+
+    def _gathered(self, model: Any) -> int:
+        """What of weights that are shared out is whole at a time, and of their gradients: all that is in no block, the
+        largest block, and the next one's weights.
+        """
+        if _shards(self.session.ranks) == 1:
+            return 0
+        blocks = [sum(p.nbytes for p in model.get_submodule(path).parameters()) for path in self.source.blocks()]
+        beside = sum(p.nbytes for p in model.parameters()) - sum(blocks)
+        found = 2 * beside + 3 * max(blocks)
+        return found if self.session.settings.autocast is None else found // 2
+
+    def _room(self, device: str) -> Room | None:
+        """What there is of a device for this process: of a computer's memory, its share among the ranks there."""
+        room, here = room_on(device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if room is None or device != "cpu" or self.session.ranks.count == 1:
+            return room
+        return replace(room, nbytes=room.nbytes // here)
+
+    def _mask_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {axis: tuple(mask_shape(axis, self.source.shape.axes)) for axis in self.axes}
+
+    def _batch(self) -> Batch:
+        s = self.session.settings
+        ids = torch.zeros(s.micro_sequences, s.seq_len + 1, dtype=torch.int64)
+        domains = tuple(row % len(s.domains) for row in range(len(ids)))
+        return Batch(ids, domains, starts=torch.zeros_like(ids) if self.session.feed.separate else None)
+
+    def with_micro(self, sequences: int) -> "Trained":
+        """The same at another micro-batch."""
+        settings = replace(self.session.settings, micro_sequences=sequences)
+        return replace(self, session=replace(self.session, settings=settings))
+
+    def _smaller(self) -> "Iterator[Trained]":
+        """At each power of two below its micro-batch, the largest first."""
+        sequences = self.session.settings.micro_sequences
+        return (self.with_micro(1 << power) for power in reversed(range((sequences - 1).bit_length())))
+
+    def _largest(self, room: Room) -> "Trained":
+        """At the largest micro-batch that fits with some to spare, else at 1."""
+        found = self
+        for found in self._smaller():
+            if found.need().on(self.session.device) <= AUTO_SHARE * room.nbytes:
+                break
+        return found
+
+    def _refused(self, room: Room, need: Need) -> UserError:
+        device = self.session.device
+        return UserError(
+            f"memory for training on {device}",
+            found=f"{in_gigabytes(room.nbytes)} ({room.nbytes} bytes) free, says {room.by}",
+            expected=f"{in_gigabytes(need.on(device))} ({need.on(device)} bytes): {need}",
+            change=self._what_fits(room),
+        )
+
+    def _what_fits(self, room: Room) -> str:
+        """Words for the options that would fit by themselves, else for what all of them together come to."""
+        device = self.session.device
+        fewer = next((t for t in self._smaller() if t.need().on(device) <= room.nbytes), None)
+        found = {} if fewer is None else {f"--micro-batch {fewer.session.settings.micro_sequences}": fewer.need()}
+        others = dict(self._others())
+        needs = {words: other.need() for words, other in others.items()}
+        found |= {words: need for words, need in needs.items() if need.on(device) <= room.nbytes}
+        if found:
+            each = "; ".join(f"{words} ({in_gigabytes(need.on(device))})" for words, need in found.items())
+            return f"any of these would fit: {each}"
+        least, words = self.with_micro(1), ["--micro-batch 1"]
+        for name, _ in self._others():
+            least = dict(least._others())[name]
+            words.append(name)
+        need = least.need()
+        so = "would fit" if need.on(device) <= room.nbytes else "isn't enough; choose a smaller model or another device"
+        return f"{' and '.join(words)} ({in_gigabytes(need.on(device))}) {so}"
+
+    def _others(self) -> "Iterator[tuple[str, Trained]]":
+        """What else can be asked for so that less is needed, and what comes of it."""
+        if not self.asked.activation_checkpointing:
+            yield "--activation-checkpointing", self._asking(activation_checkpointing=True)
+        if self.session.settings.autocast is None:
+            settings = replace(self.session.settings, autocast=torch.bfloat16)
+            yield "--autocast bfloat16", replace(self, session=replace(self.session, settings=settings))
+        if self.teaching and self.teaching.dtype(self.session.device) == torch.float32:
+            yield "a teacher in bfloat16 (teacher.dtype)", replace(self, teaching=self.teaching.in_dtype("bfloat16"))
+        if self.teaching:
+            yield "no teacher", replace(self, teaching=None)
+        if self.session.device == "cpu" and (self.asked.save_every is None or self.asked.save_every <= self.steps):
+            yield f"--save-every {self.steps + 1} (no checkpoints)", self._asking(save_every=self.steps + 1)
+
+    def _asking(self, **options: Any) -> "Trained":
+        return replace(self, asked=self.asked.model_copy(update=options))
+
+    def _cannot_save(self, host: Room, saving: int) -> UserError:
+        return UserError(
+            "memory for checkpoints",
+            found=f"{in_gigabytes(host.nbytes)} ({host.nbytes} bytes) free, says {host.by}",
+            expected=f"{in_gigabytes(saving)} ({saving} bytes) for the copy that is written while the run goes on",
+            change=f"free some, or leave checkpoints out: --save-every {self.steps + 1}",
+        )
+
+
+def _shards(ranks: Ranks) -> int:
+    """In how many parts a model's weights lie."""
+    return ranks.count if ranks.mesh is None else ranks.mesh.size(ranks.mesh.ndim - 1)
+
+
+def in_gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def _teacher(folder: Any, ledger: Ledger, apart: list[Any], *, device: str, dtype: torch.dtype, weights: str) -> Any:
+    """As `load_teacher` gives it, without weights."""
+    with torch.device(device):
+        model = without_weights(folder, dtype=dtype).requires_grad_(False)
+    narrow = {id(weight) for weight in _linears(model)} if weights == "int8" else set()
+    ledger.hold(
+        model.parameters(),
+        "teacher_weights",
+        # A byte for each, and for each row a scale.
+        lambda p: p.numel() + len(p) * p.element_size() if id(p) in narrow else p.nbytes,
+    )
+    apart.append(model)
+    return model
+
+
+def _linears(model: Any) -> Iterator[Tensor]:
+    head = model.get_output_embeddings()
+    return (m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
