@@ -125,7 +125,7 @@ def joined(device: str, *, replicate: int = 1) -> Iterator[tuple[Ranks, str]]:
             dist.destroy_process_group()
 
 
-def _store() -> dist.Store | None:
+def _store() -> PrefixStore | None:
     """Where ranks of one machine find each other's addresses, apart for each time that torchrun starts them again.
 
     Its own store keeps those of ranks that have died (pytorch issue 135712). Over several machines the count of starts
