@@ -199,7 +199,7 @@ class Checkpoints:
         folder = new / f"rank-{self.ranks.rank}"
         write(folder, entries, lambda name: copies[name][1], metadata={"format": "pt"})
         (folder / "starts.json").write_text(starts, encoding="utf-8")
-        sums = {f"{folder.name}/{path.name}": _sum(path) for path in sorted(folder.iterdir())}
+        sums = {f"{folder.name}/{path.name}": file_sum(path) for path in sorted(folder.iterdir())}
         _write_synced(new / f"{folder.name}.json", json.dumps(sums))
 
     def _finish(self, new: Path, number: int, text: str) -> None:
@@ -208,7 +208,7 @@ class Checkpoints:
             sums |= json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
         _write_synced(new / STATE, text)
-        sums[STATE] = _sum(new / STATE)
+        sums[STATE] = file_sum(new / STATE)
         manifest = {**FORMAT, "run": self.run, "number": number, "ranks": self.ranks.count, "sha256": sums}
         _write_synced(new / MANIFEST, json.dumps(manifest, indent=1))
         for folder in (*new.glob("rank-*"), new):
@@ -235,7 +235,7 @@ class Checkpoints:
             if manifest["run"] != self.run:
                 return "another run saved it"
             for name in sorted(manifest["sha256"])[self.ranks.rank :: self.ranks.count]:
-                if _sum(folder / name) != manifest["sha256"][name]:
+                if file_sum(folder / name) != manifest["sha256"][name]:
                     return f"{name} isn't what was written (its sha256 is another)"
         except OSError as error:
             return f"{error.filename} can't be read ({error.strerror})"
@@ -298,6 +298,7 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sum(path: Path) -> str:
+def file_sum(path: Path) -> str:
+    """The sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
