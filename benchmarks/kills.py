@@ -71,12 +71,7 @@ def verbs(work: Path) -> dict[str, Verb]:
         "heal": (heal, cut, Heal, base),
         "heal, distilled": (heal, cut, Heal, {**base, "teacher": teacher}),
         "heal, dynamic mixture": (heal, cut, Heal, {**base, "mixture": dynamic}),
-        "heal, phases": (
-            heal,
-            cut,
-            Heal,
-            {**base, "steps": None, "phases": [{"steps": 15}, {"steps": 15, "lr": 1e-3}]},
-        ),
+        "heal, phases": (heal, cut, Heal, {**base, "steps": None, "phases": phases}),
     }
     found = {}
     for name, (verb, source, section, options) in asked.items():
