@@ -272,6 +272,7 @@ def pid_of_rank(launcher: int, rank: int) -> int:
     raise AssertionError("no such rank")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_fault_17_a_rank_that_dies_takes_the_other_down_or_both_start_again(workplace, stored, restarts):
     out = workplace / f"ranks-{restarts}"

@@ -17,6 +17,8 @@ from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
 from shearling.verbs.session import _sequences
 
+pytestmark = pytest.mark.slow  # processes that are killed and begun again
+
 EVERYTHING = {
     "batch_tokens": 256,
     "mixture": {"schedule": "dynamic", "rule": "paper", "every": 3},

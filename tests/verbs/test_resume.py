@@ -15,6 +15,8 @@ from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
 from shearling.verbs.session import unwatched
 
+pytestmark = pytest.mark.slow  # processes that are killed and begun again
+
 EVERYTHING = {
     "steps": None,
     "phases": [{"steps": 6}, {"steps": 5, "seq_len": 16, "lr": 1e-3}],
