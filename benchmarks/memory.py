@@ -5,8 +5,8 @@
 Random Llamas of 52 and 135 million parameters, fp32 on the CPU: `heal`, and `prune` with masks on all axes, two steps
 each, a process of its own for every case. Options: windows at a time, their length, activation checkpointing, masks, a
 teacher (of the same size), autocast. Of all combinations sixteen are tried of the smaller model, such that any two
-options meet in all ways, and four of the other. No checkpoint is written, but in the cases that say so. What is measured
-in WORK_FOLDER isn't measured again.
+options meet in all ways, and four of the other. No checkpoint is written, but in the cases that say so. What is
+measured in WORK_FOLDER isn't measured again.
 
 Measured: the most anonymous memory that the process held, sampled, above what it held once all modules were imported.
 """
