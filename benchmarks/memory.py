@@ -4,9 +4,9 @@
 
 Random Llamas of 52 and 135 million parameters, fp32 on the CPU: `heal`, and `prune` with masks on all axes, two steps
 each, a process of its own for every case. Options: windows at a time, their length, activation checkpointing, masks, a
-teacher (of the same size), autocast; of all combinations a quarter for the smaller model and an eighth for the other,
-such that any two options meet in all ways. No checkpoint is written, but in the cases that say so. What is finished in
-WORK_FOLDER isn't done again.
+teacher (of the same size), autocast. Of all combinations sixteen are tried of the smaller model, such that any two
+options meet in all ways, and four of the other. No checkpoint is written, but in the cases that say so. What is
+measured in WORK_FOLDER isn't measured again.
 
 Measured: the most anonymous memory that the process held, sampled, above what it held once all modules were imported.
 """
@@ -48,11 +48,11 @@ def cases() -> list[dict[str, Any]]:
         options = {name: values[level] for (name, values), level in zip(OPTIONS.items(), levels, strict=True)}
         if (e, f) == ((b + c + d) % 2, (a + b + c) % 2):
             found.append({"model": "52m", **options, "save": False})
-        if (d, e, f) == ((a + b) % 2, (a + c) % 2, (b + c) % 2):
+        if b == 0 and (d, e, f) == (a, (a + c) % 2, c):
             found.append({"model": "135m", **options, "save": False})
     plain = {name: values[0] for name, values in OPTIONS.items()}
-    # The largest first: what goes wrong shows there.
-    return [*reversed(found), *({"model": "52m", **plain, "masks": masks, "save": True} for masks in (False, True))]
+    found.sort(key=lambda case: case["model"] != "52m")
+    return [*found, *({"model": "52m", **plain, "masks": masks, "save": True} for masks in (False, True))]
 
 
 def make_models(work: Path) -> None:
@@ -90,15 +90,9 @@ def make_models(work: Path) -> None:
     make_store(asked, tokenizer=str(work / "52m"), out=str(work / "store"))
 
 
-def run(case: dict[str, Any], work: Path, out: Path) -> int:
-    """Does what a case says and gives the most memory that it took; meant for a process of its own."""
-    import torch._dynamo  # noqa: F401  what a rehearsal and checkpointing load
-    from transformers import LlamaForCausalLM  # noqa: F401
-
-    import shearling.train.rehearsal  # noqa: F401
+def asked_of(case: dict[str, Any], work: Path) -> Any:
+    """The section of a recipe that a case is."""
     from shearling.recipe import Heal, Prune, validated
-    from shearling.verbs.heal import heal
-    from shearling.verbs.prune import prune
 
     model = str(work / case["model"])
     sequences = 4 if case["micro"] == 4 else 2
@@ -114,6 +108,21 @@ def run(case: dict[str, Any], work: Path, out: Path) -> int:
         "save_every": 1 if case["save"] else NEVER,
         "teacher": {"model": model, "share": 0.5} if case["teacher"] else {},
     }
+    if not case["masks"]:
+        return validated(Heal, asked)
+    s = MODELS[case["model"]]
+    to = {name: s[of] // 2 for name, of in HALVED.items()} | {"num_key_value_heads": 2, "num_attention_heads": 2}
+    return validated(Prune, {**asked, "to": to, "method": "masks", "calibration_windows": 2})
+
+
+def run(case: dict[str, Any], work: Path, out: Path) -> int:
+    """Does what a case says and gives the most memory that it took; meant for a process of its own."""
+    import torch._dynamo  # noqa: F401  what a rehearsal and checkpointing load
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    from shearling.verbs.heal import heal
+    from shearling.verbs.prune import prune
+
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -123,17 +132,30 @@ def run(case: dict[str, Any], work: Path, out: Path) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    if case["masks"]:
-        s = MODELS[case["model"]]
-        to = {name: s[of] // 2 for name, of in HALVED.items()}
-        to |= {"num_key_value_heads": 2, "num_attention_heads": 2}
-        section = validated(Prune, {**asked, "to": to, "method": "masks", "calibration_windows": 2})
-        prune(model, data=str(work / "store"), out=str(out), asked=section)
-    else:
-        heal(model, data=str(work / "store"), out=str(out), asked=validated(Heal, asked))
+    verb: Any = prune if case["masks"] else heal
+    verb(str(work / case["model"]), data=str(work / "store"), out=str(out), asked=asked_of(case, work))
     done.set()
     watcher.join()
     return peak - before
+
+
+def estimated(case: dict[str, Any], work: Path) -> dict[str, int]:
+    """What the verb says before it starts: bytes by part, the copy for a checkpoint among them where one is written."""
+    from shearling.axes.target import resolve_target
+    from shearling.data.store import Store
+    from shearling.masks.gates import cut_axes
+    from shearling.verbs.memory import Trained
+    from shearling.verbs.session import Session
+    from shearling.verbs.source import Source
+    from shearling.verbs.teaching import Teaching
+
+    source, asked = Source.open(str(work / case["model"])), asked_of(case, work)
+    store = Store.open(work / "store")
+    session = Session.plan(asked, source, store, default_tokens=0, most_between_updates=1)
+    teaching = Teaching.wanted(asked.teacher, student=source, own=None, why="")
+    target = resolve_target(source.family, source.shape, asked.to, source.config)[0] if case["masks"] else source.shape
+    need = Trained(source, session, asked, asked.steps, teaching, cut_axes(source.shape, target)).need()
+    return {**need.parts, "saving": need.saving}
 
 
 def anonymous_bytes() -> int:
@@ -142,15 +164,15 @@ def anonymous_bytes() -> int:
 
 
 def compared(case: dict[str, Any], work: Path) -> dict[str, Any]:
-    out = work / "out"
-    subprocess.run(["rm", "-rf", out, f"{out}.partial"], check=True)
-    command = [sys.executable, __file__, str(work), "--case", json.dumps(case)]
-    measured = int(subprocess.check_output(command, text=True).splitlines()[-1])
-    events = map(json.loads, (out / "record.jsonl").read_text(encoding="utf-8").splitlines())
-    memory = next(event["memory"] for event in events if "memory" in event)
-    estimate = memory["total_bytes"] + (memory["saving_bytes"] if case["save"] else 0)
+    done, out = work / f"case-{'-'.join(str(value) for value in case.values())}.json", work / "out"
+    if not done.is_file():
+        subprocess.run(["rm", "-rf", out, f"{out}.partial"], check=True)
+        command = [sys.executable, __file__, str(work), "--case", json.dumps(case)]
+        measured = int(subprocess.check_output(command, text=True).splitlines()[-1])
+        done.write_text(json.dumps({"measured_bytes": measured}), encoding="utf-8")
+    measured, parts = json.loads(done.read_text(encoding="utf-8"))["measured_bytes"], estimated(case, work)
+    estimate = sum(parts.values())
     within = abs(estimate - measured) <= LIMIT_SHARE * measured + LIMIT_BYTES
-    parts = {name: nbytes for name, nbytes in memory.items() if name != "free_bytes"}
     found = {"estimate_bytes": estimate, "measured_bytes": measured, "ratio": estimate / measured, "within": within}
     return {**case, **found, "parts": parts}
 
@@ -170,10 +192,7 @@ def main() -> None:
 
     found = []
     for case in cases():
-        done = asked.work / f"case-{'-'.join(str(value) for value in case.values())}.json"
-        if not done.is_file():
-            done.write_text(json.dumps(compared(case, asked.work)), encoding="utf-8")
-        found.append(json.loads(done.read_text(encoding="utf-8")))
+        found.append(compared(case, asked.work))
         print(json.dumps({name: value for name, value in found[-1].items() if name != "parts"}), flush=True)
     ratios = sorted(one["ratio"] for one in found if not one["save"])
     summary = {

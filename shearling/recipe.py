@@ -17,7 +17,7 @@ from shearling.strict_yaml import StrictLoader, read_mapping
 from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
-BRANCH = re.compile(r"(dict|list|literal)\[.*|constrained-\w+|str|int|float")  # what pydantic calls a union's branches
+BRANCH = re.compile(r"(dict|list)\[.*|constrained-\w+|str|int|float")  # what pydantic calls the branches of a union
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -27,6 +27,13 @@ def parse_tokens(value: object) -> int:
     if not match:
         raise ValueError("a count of tokens, as 200K, 1.5M or 50B")
     return round(float(match[1]) * UNITS[match[2]])
+
+
+def parse_micro(value: object) -> int | str:
+    """Windows at a time: a whole number, or auto for as many as there is memory for. Raises ValueError."""
+    if value != "auto" and not (re.fullmatch(r"[0-9]+", str(value)) and int(str(value)) > 0):
+        raise ValueError("a number of windows, or auto")
+    return "auto" if value == "auto" else int(str(value))
 
 
 def parse_shape(value: object) -> dict[str, int]:
@@ -59,7 +66,7 @@ Target = Annotated[dict[str, int], BeforeValidator(parse_shape)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 AtEnd = Literal["refuse", "stop", "redistribute", "repeat"]
 Count = Annotated[int, Field(gt=0)]
-Micro = Count | Literal["auto"]  # windows at a time; auto: as many as there is memory for
+Micro = Annotated[int | Literal["auto"], BeforeValidator(parse_micro)]
 
 
 class Section(BaseModel):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import _maybe_get_opdef as opdef_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,12 +68,21 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "prim":  # which asks for a tensor's device, very often
             return func(*args, **(kwargs or {}))
-        found = _grouped(*args, **(kwargs or {})) if func is GROUPED else func(*args, **(kwargs or {}))
+        found = self._run(func, args, kwargs or {})
         cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._note(leaf, "casts" if cast else self.current)
         return found
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is GROUPED:
+            return _grouped(*args, **kwargs)
+        written = opdef_of(func)
+        if written is None:
+            return func(*args, **kwargs)
+        with self:  # written in Python, as torch's chunked cross-entropy is: what it makes inside counts too
+            return written._init_fn(*args, **kwargs)
 
     def _note(self, tensor: Tensor, part: str, nbytes: int | None = None) -> None:
         storage = tensor.untyped_storage()

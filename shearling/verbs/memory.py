@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 AUTO_SHARE = 0.9  # of what is there, for a number of windows that nobody has tried
 MOMENTS = 2  # AdamW's, for each parameter
+LASTING = ("weights", "optimizer", "teacher_weights", "masks")
+# By glibc, of what comes and goes on a CPU: holes of less than 32 MB between blocks that are in use. Measured, from a
+# third to as much again (benchmarks/memory.py); with mmap for every block (MALLOC_MMAP_THRESHOLD_) next to nothing.
+KEPT_BY_ALLOCATOR = 1 / 3
 # Of an entry of a mask, in fp32: its gate, that one's gradient and moments, its score and whether it is closed.
 GATE_BYTES = 6 * 4
 SHARED = ("weights", "gradients", "optimizer", "teacher_weights")  # among ranks
@@ -140,6 +144,9 @@ class Trained:
         stepping = {**lasting, "teacher_weights": parts.get("teacher_weights", 0), "masks": parts.get("masks", 0)}
         parts |= {"optimizer": lasting["optimizer"]}
         parts = max(parts, stepping, key=lambda found: sum(found.values()))
+        if self.session.device == "cpu":
+            come_and_go = sum(n for part, n in parts.items() if part not in LASTING)
+            parts["allocator"] = round(KEPT_BY_ALLOCATOR * come_and_go)
         parts["masks"] = parts.get("masks", 0) + gates
         shards = _shards(self.session.ranks)
         whole = () if self.teaching is None or self.teaching.options.weights == "as_is" else ("teacher_weights",)

@@ -177,9 +177,9 @@ def test_recorded_and_only_the_word_is_in_the_identity(tmp_path, model_folder, s
     assert '"micro_sequences": "auto"' in (out / IDENTITY_FILE).read_text()
 
 
-@pytest.mark.parametrize("value", [0, "all", 1.5])
+@pytest.mark.parametrize("value", [0, "-2", "all", 1.5, True])
 def test_other_micro_batches_are_refused(value) -> None:
-    with pytest.raises(UserError, match="micro_sequences"):
+    with pytest.raises(UserError, match=r"micro_sequences: .*; expected a number of windows, or auto"):
         validated(Heal, {"micro_sequences": value})
 
 
