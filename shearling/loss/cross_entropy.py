@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from shearling.loss.logits import logit_cap, logits_of, read_by_head
+from shearling.loss.numbers import numbers_on
 
 CHUNK_TOKENS = 1024
 
@@ -75,17 +76,17 @@ def head_loss_by_domain(
         logits = logits_of(hidden.flatten(0, -2), weight, cap).float()
         by_window = functional.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).sum(-1)
         for domain in sorted(set(domains)):
-            yield domain, by_window[_windows_of(domain, domains)].sum()
+            yield domain, by_window[_windows_of(domain, domains, hidden.device)].sum()
         return
     for domain in sorted(set(domains)):
-        rows = _windows_of(domain, domains)
+        rows = _windows_of(domain, domains, hidden.device)
         yield domain, head_loss(hidden[rows], weight, targets[rows], cap=cap)
 
 
-def _windows_of(domain: int, domains: Sequence[int]) -> Any:
+def _windows_of(domain: int, domains: Sequence[int], device: Any) -> Any:
     if all(other == domain for other in domains):
         return slice(None)
-    return [row for row, other in enumerate(domains) if other == domain]
+    return numbers_on(device, [row for row, other in enumerate(domains) if other == domain])
 
 
 def _is_small(hidden: Tensor, weight: Tensor) -> bool:

@@ -14,6 +14,7 @@ from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Taught, blended_loss
 from shearling.loss.logits import logit_cap, read_by_head
+from shearling.loss.numbers import numbers_on
 from shearling.loss.streams import Weights, in_order, outputs_of, stream_loss
 from shearling.train.objective import Losses, target_counts
 
@@ -111,5 +112,6 @@ class Distilled:
 def _by_domain(figure: Tensor, of: Sequence[int], domains: int) -> Tensor:
     """Sums of [B, T] over the windows of each domain, float32 [domains]."""
     # Not by index_add, whose order of summation changes from run to run on a GPU.
-    belongs = torch.arange(domains).unsqueeze(-1) == torch.tensor(of)
-    return torch.where(belongs.to(figure.device), figure.sum(-1).float(), 0.0).sum(-1)
+    device = figure.device
+    belongs = torch.arange(domains, device=device).unsqueeze(-1) == numbers_on(device, of)
+    return torch.where(belongs, figure.sum(-1).float(), 0.0).sum(-1)

@@ -1,6 +1,7 @@
 """The training loop: draw, begin, forward and backward, the terms' part, clip, step, end, log, evaluate, mix."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -20,6 +21,7 @@ from shearling.train.objective import Losses, Objective
 from shearling.train.optim import not_finite, step_unless
 from shearling.train.pace import Pace
 from shearling.train.step import Draw, Evaluate, Keep, Log, OnStep, Settings, State, Steering, Term
+from shearling.weights.pretend import whole_windows
 
 
 def train(
@@ -158,8 +160,9 @@ def _accumulate(
     """Gradients of the mean loss over all ranks' targets, so many windows at a time; gives what it came to."""
     targets = max(1, ranks.sum(batch.num_targets()))  # before the batch goes to a device that would wait
     found = None
+    autocast = torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None)
     for micro in batch.split(settings.micro_sequences):
-        with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
+        with autocast, whole_windows() if batch.starts is None else nullcontext():
             losses = inside(model, objective, micro.to(device))
         # Sharded gradients are averages over ranks.
         (losses.total * (ranks.count / targets)).backward()

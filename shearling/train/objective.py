@@ -11,6 +11,7 @@ from torch.utils import _pytree
 from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import head_inputs, head_loss_by_domain, hidden_states
 from shearling.loss.logits import logit_cap
+from shearling.loss.numbers import numbers_on
 from shearling.ranks.ranks import Ranks
 
 
@@ -93,5 +94,5 @@ def by_domain(parts: Mapping[int, Tensor], domains: int) -> Tensor:
 def target_counts(batch: Batch, domains: int) -> Tensor:
     """Tokens asked for by domain, int64 [domains]."""
     asked = (batch.targets != IGNORED).sum(-1)
-    index = torch.tensor(batch.domains, device=asked.device)
+    index = numbers_on(asked.device, batch.domains)
     return torch.zeros(domains, dtype=torch.int64, device=asked.device).index_add(0, index, asked)
