@@ -106,6 +106,8 @@ class Training(Section):
     compile: bool = False
     activation_checkpointing: bool = False
     replicate: int = Field(default=1, gt=0)  # of several ranks, the groups that each hold a whole model
+    log_every: int | None = Field(default=None, gt=0)  # steps; left out: 1, on a GPU 10
+    sinks: list[Literal["tensorboard", "wandb"]] = []  # where figures go beside the record
     save_every: int | None = Field(default=None, gt=0)  # steps between checkpoints; left out: ten minutes
     keep_last: int = Field(default=2, gt=0)  # of them
     keep_every: int | None = Field(default=None, gt=0)  # steps; those that it divides stay for good
@@ -128,7 +130,8 @@ class Training(Section):
 
     def identity(self) -> dict[str, Any]:
         """What makes a stage with these settings this one: all but what changes nothing in the result."""
-        same = dict.fromkeys(("workers", "replicate", "save_every", "keep_last", "keep_every"), True)
+        kept = ("save_every", "keep_last", "keep_every")
+        same = dict.fromkeys(("workers", "replicate", "log_every", "sinks", *kept), True)
         return self.model_dump(mode="json", exclude={**same, "teacher": {"cache"}})
 
 

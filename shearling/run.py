@@ -16,6 +16,7 @@ from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import open_target, prune
 from shearling.verbs.session import Watch, choose_device, unwatched
+from shearling.verbs.sinks import check_sinks
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def run(
 
 def _run(recipe: Recipe, watch: Watch, documents: Callable[[str, int, int], None] | None, ranks: Ranks) -> Ran:
     open_target(recipe.model, recipe.prune, arch=recipe.arch)  # a mistake there shows before hours of data
+    check_sinks([sink for stage in (recipe.prune, recipe.heal) if stage for sink in stage.sinks])
     out = Path(recipe.out).expanduser()
     said = masked(recipe.model_dump(mode="json"))  # a recipe may hold URLs with passwords
     ranks.by_the_first(lambda: write_recipe(said, out))

@@ -12,6 +12,7 @@ from typing import Any
 from shearling.record import read
 
 Verb = Callable[..., Any]  # of (watch=)
+OF_THE_MACHINE = ("time", "tokens_per_second", "data_wait_share", "mfu", "memory_bytes")
 
 
 def apart(work: Callable[[], Any]) -> int:
@@ -31,8 +32,8 @@ def killed_at(step: int, number: int = signal.SIGKILL, *, saved_in: Path | None 
     seen = 0
     before = _checkpoints(saved_in)
 
-    def watch(title: str, steps: int) -> Callable[[int, float, Mapping[str, float]], None]:
-        def on_step(at: int, loss: float, excess: Mapping[str, float]) -> None:
+    def watch(title: str, steps: int) -> Callable[[int, Mapping[str, float], Mapping[str, float]], None]:
+        def on_step(at: int, figures: Mapping[str, float], excess: Mapping[str, float]) -> None:
             nonlocal seen
             seen += 1
             if seen == step:
@@ -60,7 +61,7 @@ def losses(out: Path) -> list[tuple[Any, ...]]:
     found = []
     for event in read(out / "record.jsonl"):
         if event["event"] in ("step", "held_out", "mixture", "masks", "used_up"):
-            kept = {k: v for k, v in event.items() if k not in ("time", "tokens_per_second", "data_wait_share")}
+            kept = {k: v for k, v in event.items() if k not in OF_THE_MACHINE}
             found.append(tuple(sorted((key, _hex(value)) for key, value in kept.items())))
     return found
 

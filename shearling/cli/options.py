@@ -45,6 +45,11 @@ Separate = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(help="Threads that read ahead; 0 for none.")]
 SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints; left out, ten minutes.")]
+Sink = Annotated[
+    list[str] | None,
+    typer.Option("--sink", help="tensorboard or wandb: where figures go beside the record. Repeatable."),
+]
+LogEvery = Annotated[int | None, typer.Option(help="Steps between figures; left out: 1, on a GPU 10.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 

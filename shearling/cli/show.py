@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from shearling.loss.held_out import Measured
 
 
+WAIT_SAID = 0.1  # share of a step's time
+
+
 class Progress:
     """Rich progress on the terminal, with time left; silent where asked or where nobody looks."""
 
@@ -34,13 +37,15 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def steps(self, title: str, steps: int) -> Callable[[int, float, Mapping[str, float]], None]:
+    def steps(self, title: str, steps: int) -> Callable[[int, Mapping[str, float], Mapping[str, float]], None]:
         task = self._bars.add_task(title, total=steps, note="")
 
-        def update(step: int, loss: float, excess: Mapping[str, float]) -> None:
+        def update(step: int, figures: Mapping[str, float], excess: Mapping[str, float]) -> None:
             worst = sorted(excess, key=lambda domain: -excess[domain])[:3]
             behind = ", ".join(f"{domain} +{excess[domain]:.2f}" for domain in worst if excess[domain] > 0)
-            self._bars.update(task, completed=step, note=f"loss {loss:.3f}" + (f"; behind: {behind}" if behind else ""))
+            self._bars.update(
+                task, completed=step, note="; ".join([step_note(figures), *([f"behind: {behind}"] * bool(behind))])
+            )
 
         return update
 
@@ -49,6 +54,13 @@ class Progress:
         if task is None:
             task = self._bars.add_task(domain, total=None, note="")
         self._bars.update(task, completed=documents, note=f"{tokens:,} tokens")
+
+
+def step_note(figures: Mapping[str, float]) -> str:
+    """What the progress line says of a step."""
+    used = f", MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
+    waits = f", {figures['data_wait_share']:.0%} waiting for data" if figures["data_wait_share"] > WAIT_SAID else ""
+    return f"loss {figures['loss']:.3f}; {figures['tokens_per_second']:,.0f} tokens/s{used}{waits}"
 
 
 def print_json(value: Any) -> None:

@@ -25,6 +25,7 @@ from shearling.cli.options import (
     Every,
     Json,
     KlShare,
+    LogEvery,
     Lr,
     MicroBatch,
     MixtureRule,
@@ -38,6 +39,7 @@ from shearling.cli.options import (
     Separate,
     SeqLen,
     Signal,
+    Sink,
     Steps,
     TeacherCache,
     TeacherModel,
@@ -284,6 +286,8 @@ def prune(
     at_end: AtEnd = None,
     separate_documents: Separate = False,
     workers: Workers = None,
+    log_every: LogEvery = None,
+    sink: Sink = None,
     save_every: SaveEvery = None,
     seed: Seed = 0,
     device: Device = None,
@@ -301,7 +305,7 @@ def prune(
     masks = those_given(relaxation=relaxation, start=start, lr=mask_lr)
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
-    training |= those_given(save_every=save_every, micro_sequences=micro_batch)
+    training |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -352,6 +356,8 @@ def heal(
     at_end: AtEnd = None,
     separate_documents: Separate = False,
     workers: Workers = None,
+    log_every: LogEvery = None,
+    sink: Sink = None,
     save_every: SaveEvery = None,
     seed: Seed = 0,
     device: Device = None,
@@ -368,7 +374,7 @@ def heal(
 
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
-    asked |= those_given(save_every=save_every, micro_sequences=micro_batch)
+    asked |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}

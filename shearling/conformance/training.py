@@ -121,7 +121,7 @@ def _train(student: Small, model: Any, terms: Sequence[LearnedMasks]) -> list[fl
         objective=NextToken(1),
         optimizers=[adamw(model.parameters(), lr=RATE), *gates],
         terms=joining,
-        on_step=lambda step, loss, excess: losses.append(loss),
+        on_step=lambda step, figures, excess: losses.append(figures["loss"]),
     )
     return losses
 

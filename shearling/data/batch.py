@@ -68,7 +68,7 @@ class Batch:
         if self.starts is None:
             return None
         inputs = self.starts[:, :-1]
-        return inputs.new_tensor(range(inputs.shape[1])) - inputs
+        return torch.arange(inputs.shape[1], device=inputs.device) - inputs
 
     def num_targets(self) -> int:
         """Tokens that are asked for."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,10 @@ class HardConcreteGates(Gates):
         masks = {axis: mask.clone() for axis, mask in self.settled.items()}
         for axis in self.learned:
             log_alpha = self.log_alpha(axis)
-            uniform = torch.rand(log_alpha.shape, generator=generator).to(log_alpha.device)
+            uniform = torch.rand(log_alpha.shape, generator=generator)
+            if log_alpha.is_cuda:  # from pinned memory nobody waits for the copy
+                uniform = uniform.pin_memory().to(log_alpha.device, non_blocking=True)
+            uniform = uniform.to(log_alpha.device)
             masks[axis] = hard_concrete.sample(log_alpha, uniform=uniform)
         if "expert" in masks:
             masks["expert"] = self._enough(masks["expert"])
@@ -117,6 +121,9 @@ class SoftTopKGates(Gates):
     ):
         super().__init__(source, target, start=start, closed=closed)
         self.slide, self.options, self.steps = slide, options, steps
+        # Looked at once: at each step it would have the host wait for the device.
+        fewest = {axis: int((~closed[axis]).sum(-1).min()) for axis in self.learned}
+        self.most = {axis: fewest[axis] - 0.01 for axis in self.learned if bool(closed[axis].any())}
 
     def size(self, axis: str, step: int) -> float:
         """The sliding target's number of entries at a step, strictly less than the source's."""
@@ -132,8 +139,7 @@ class SoftTopKGates(Gates):
         return self.location[axis].masked_fill(self.closed[axis], -100.0)
 
     def values(self, axis: str, step: int) -> Tensor:
-        open_at_most = float((~self.closed[axis]).sum(-1).min())
-        k = min(self.size(axis, step), open_at_most - 0.01) if self.closed[axis].any() else self.size(axis, step)
+        k = min(self.size(axis, step), self.most.get(axis, inf))
         return soft_topk(self.scores(axis), k=k, temperature=self.temperature(step))
 
     def draw(self, step: int) -> dict[str, Tensor]:

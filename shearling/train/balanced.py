@@ -22,7 +22,7 @@ class Balanced:
     def __init__(self, objective: Objective, *, routers: Sequence[str], top_k: int, coefficient: float):
         self.objective, self.routers = objective, tuple(routers)
         self.top_k, self.coefficient = top_k, coefficient
-        self._loads: list[Tensor] = []
+        self._loads: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, model: Any, batch: Batch) -> Losses:
         with self._listening(model) as logits:
@@ -58,11 +58,11 @@ class Balanced:
     def metrics(self) -> dict[str, float]:
         if not self._loads:
             return {}
-        most, least = (float(found) for found in (max(x.max() for x in self._loads), min(x.min() for x in self._loads)))
-        return {"expert_load_most": most, "expert_load_least": least}
+        loads = torch.cat([found[there] for found, there in self._loads])
+        return {"expert_load_most": float(loads.max()), "expert_load_least": float(loads.min())}
 
 
-def _relative(logits: Tensor, top_k: int) -> Tensor:
-    """Loads of the experts that are there, as multiples of an even one."""
+def _relative(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Loads of a layer's experts [E], as multiples of an even one, and which of them are there."""
     there = torch.isfinite(logits[0])
-    return loads(logits, top_k)[there] * there.sum() / top_k
+    return loads(logits, top_k) * there.sum() / top_k, there

@@ -1,6 +1,7 @@
 """The training loop: draw, begin, forward and backward, the terms' part, clip, step, end, log, evaluate, mix."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -18,7 +19,9 @@ from shearling.ranks.sharded import inside
 from shearling.train.halving import with_room
 from shearling.train.objective import Losses, Objective
 from shearling.train.optim import not_finite, step_unless
+from shearling.train.pace import Pace
 from shearling.train.step import Draw, Evaluate, Keep, Log, OnStep, Settings, State, Steering, Term
+from shearling.weights.pretend import whole_windows
 
 
 def train(
@@ -34,26 +37,28 @@ def train(
     steering: Steering | None = None,
     keep: Keep | None = None,
     log: Log = lambda event, **fields: None,
-    on_step: OnStep = lambda step, loss, excess: None,
+    on_step: OnStep = lambda step, figures, excess: None,
     ranks: Ranks = ALONE,
+    flops_per_token: float = 0.0,
 ) -> State:
     """Trains `model` from `state.step` to `settings.steps`, or to the data's end, and returns the state it ends in.
 
     Each optimizer's groups hold their peak rate as `peak_lr`; the schedule multiplies all of them. Groups marked
     `clip=False` are left out of gradient clipping. A step whose gradients aren't finite changes no weights. Raises
     UserError after so many of them in a row. Each of the `ranks` draws its share of a batch; what they find is summed
-    up, so that all end in the same state. Events logged: "step", "skipped", "held_out", "mixture", "data_ended",
-    "micro_batch".
+    up, so that all end in the same state. `flops_per_token` of training are for the record alone. Events
+    logged: "step", "skipped", "held_out", "mixture", "data_ended", "micro_batch".
     """
     device = next(model.parameters()).device
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     clipped = [p for group in groups if group.get("clip", True) for p in group["params"]]
     others = [p for group in groups if not group.get("clip", True) for p in group["params"]]
-    started, seen, waited = perf_counter(), state.tokens, 0.0
+    pace = Pace(device, ranks=ranks.count, flops_per_token=flops_per_token, tokens=state.tokens)
+    told = 0 if state.skipped is None else int(state.skipped[1])
     while state.step < settings.steps:
         step, before = state.step, perf_counter()
         batch, sampler = draw(state.sampler, state.mixture.weights)
-        waited += perf_counter() - before
+        pace.waited(before)
         if batch is None:
             log("data_ended", step=step, tokens=state.tokens)
             break
@@ -72,15 +77,18 @@ def train(
         for term in terms:
             term.end(step)
         state = state.after(settings.batch_tokens, sampler, losses, left_out)
-        if state.step % settings.log_every == 0 or state.step == settings.steps:
-            seconds = perf_counter() - started
+        measuring = evaluate is not None and _is_due(state.step, settings.eval_every)
+        if _is_due(state.step, settings.log_every) or state.step == settings.steps or measuring:
+            # The figures wait for the device, so what is measured after them is all the host's.
             fields = {**losses.means(), "gradient_norm": float(norm), "lr_share": share, "tokens": state.tokens}
-            fields |= {"tokens_per_second": (state.tokens - seen) / seconds, "data_wait_share": waited / seconds}
+            fields |= pace.figures(state.tokens)
             log("step", step=state.step, **fields, **{k: v for term in terms for k, v in term.metrics().items()})
-            _check_skipped(state, losses, settings, log, keep)
-            on_step(state.step, fields["loss"], state.mixture.excess)
+            told = _check_skipped(state, losses, settings, log, keep, told)
+            on_step(state.step, fields, state.mixture.excess)
         if state.step < settings.steps:
+            before = perf_counter()
             state = _look_up(state, settings, evaluate, steering, log)
+            pace.paused(before)
         if keep:
             keep(state)
     return state
@@ -102,12 +110,15 @@ def _look_up(state: State, settings: Settings, evaluate: Evaluate | None, steeri
     return replace(state, mixture=mixture, tally=None)
 
 
-def _check_skipped(state: State, losses: Losses, settings: Settings, log: Log, keep: Keep | None) -> None:
-    """Says so if steps were left out. Raises UserError if that were too many in a row."""
+def _check_skipped(state: State, losses: Losses, settings: Settings, log: Log, keep: Keep | None, told: int) -> int:
+    """Says so if more steps were left out than it has `told` of; gives how many it has told of by now.
+
+    Raises UserError if there were too many in a row.
+    """
     assert state.skipped is not None
     in_a_row, in_all = state.skipped.tolist()
-    if not in_a_row:
-        return
+    if in_all == told:
+        return told
     named = losses.by_domain(settings.domains)["loss"]
     domains = [d for d, loss in named.items() if loss is not None and not isfinite(loss)]
     log("skipped", step=state.step, in_a_row=in_a_row, in_all=in_all, domains=domains)
@@ -119,6 +130,7 @@ def _check_skipped(state: State, losses: Losses, settings: Settings, log: Log, k
             expected=f"fewer than {settings.skip_at_most}",
             change=f"lower --lr, or look at the data; the last good checkpoint: {keep.last if keep else 'none'}",
         )
+    return in_all
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -148,8 +160,9 @@ def _accumulate(
     """Gradients of the mean loss over all ranks' targets, so many windows at a time; gives what it came to."""
     targets = max(1, ranks.sum(batch.num_targets()))  # before the batch goes to a device that would wait
     found = None
+    autocast = torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None)
     for micro in batch.split(settings.micro_sequences):
-        with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
+        with autocast, whole_windows() if batch.starts is None else nullcontext():
             losses = inside(model, objective, micro.to(device))
         # Sharded gradients are averages over ranks.
         (losses.total * (ranks.count / targets)).backward()

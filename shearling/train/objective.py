@@ -10,6 +10,7 @@ from torch.utils import _pytree
 
 from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import head_losses, hidden_states
+from shearling.loss.numbers import numbers_on
 from shearling.ranks.ranks import Ranks
 
 
@@ -84,12 +85,13 @@ class NextToken:
 def by_domain(figure: Tensor, of: Sequence[int], domains: int) -> Tensor:
     """Sums of [B, T] over the windows of each domain, float32 [domains]."""
     # Not by index_add, whose order of summation changes from run to run on a GPU.
-    belongs = torch.arange(domains).unsqueeze(-1) == torch.tensor(of)
-    return torch.where(belongs.to(figure.device), figure.sum(-1).float(), 0.0).sum(-1)
+    device = figure.device
+    belongs = torch.arange(domains, device=device).unsqueeze(-1) == numbers_on(device, of)
+    return torch.where(belongs, figure.sum(-1).float(), 0.0).sum(-1)
 
 
 def target_counts(batch: Batch, domains: int) -> Tensor:
     """Tokens asked for by domain, int64 [domains]."""
     asked = (batch.targets != IGNORED).sum(-1)
-    index = torch.tensor(batch.domains, device=asked.device)
+    index = numbers_on(asked.device, batch.domains)
     return torch.zeros(domains, dtype=torch.int64, device=asked.device).index_add(0, index, asked)

@@ -24,7 +24,7 @@ class Settings:
     schedule: Schedule
     clip_norm: float = 1.0
     eval_every: int = 0  # steps between held-out losses; 0: only at the ends
-    log_every: int = 1
+    log_every: int = 1  # steps; at those between nobody waits for a GPU
     skip_at_most: int = 10  # steps in a row whose gradients aren't finite
     autocast: torch.dtype | None = None
     halves: bool = False  # `micro_sequences`, where a step runs out of memory
@@ -121,4 +121,5 @@ class Steering(Protocol):
 Draw = Callable[[Any, Mapping[str, float]], tuple[Batch | None, Any]]
 Log = Callable[..., None]  # (event, **fields)
 Evaluate = Callable[[], dict[str, float]]  # held-out loss by domain, of the model as it is
-OnStep = Callable[[int, float, Mapping[str, float]], None]  # (step, loss, excess by domain where it is known)
+# (step, what the record has of it, excess by domain where it is known)
+OnStep = Callable[[int, Mapping[str, float], Mapping[str, float]], None]

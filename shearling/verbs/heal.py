@@ -23,6 +23,7 @@ from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, tidied
 from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
+from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done
@@ -90,8 +91,8 @@ def _heal(
     phases = [replace(p, session=_aimed(p, source)) for p in phases]
     for note in (note for phase in phases for note in phase.session.notes):
         log.info(note)
-    with entered(stage, ranks) as folder:
-        return Healing(source, phases, asked, teaching, folder, stage.out).run(watch)
+    with entered(stage, ranks) as folder, Sinks(asked.sinks if ranks.first else (), stage.out) as sinks:
+        return Healing(source, phases, asked, teaching, folder, stage.out, sinks).run(watch)
 
 
 def _plan(asked: Heal, *, source: Source, data: str, same_mixture: bool, device: str, ranks: Ranks) -> PhasePlan:
@@ -128,11 +129,12 @@ class Healing:
     teaching: Teaching | None
     folder: Path
     out: Path
+    sinks: Sinks
 
     def run(self, watch: Watch) -> Healed:
         """The phases in order, and the losses before and after."""
         source, first = self.source, self.phases[0].session
-        ranks, keeping = first.ranks, Keeping(self.folder, self.asked, ranks=first.ranks)
+        ranks, keeping = first.ranks, Keeping(self.folder, self.asked, sinks=self.sinks, ranks=first.ranks)
         record = keeping.record
         with keeping:
             model, before, states = self.heal(keeping, watch)
@@ -230,6 +232,7 @@ class Healing:
                 log=record.write,
                 on_step=watch(title, session.settings.steps),
                 ranks=session.ranks,
+                flops_per_token=self.flops(session, 1),
             )
         warn_of_end(session, state)
         return state

@@ -27,6 +27,7 @@ from shearling.stage import IDENTITY_FILE
 from shearling.train.checkpoint import Checkpoints, Saved
 from shearling.train.objective import Losses
 from shearling.train.step import State
+from shearling.verbs.sinks import Heard, Sinks
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Keeping:
     step, save, and end by raising Stopped; a second one ends the process at once.
     """
 
-    def __init__(self, folder: Path, asked: Training, *, ranks: Ranks = ALONE):
+    def __init__(self, folder: Path, asked: Training, *, sinks: Sinks, ranks: Ranks = ALONE):
         self.folder, self.every, self.ranks = folder, asked.save_every, ranks
         run = sha256((folder / IDENTITY_FILE).read_bytes()).hexdigest()
         self.checkpoints = Checkpoints(
@@ -115,7 +116,7 @@ class Keeping:
         )
         self.saved: Saved | None = self.checkpoints.newest()
         ranks.by_the_first(self._clear)
-        self.record = Record(folder / RECORD) if ranks.first else Unwritten()
+        self.record: Record = Heard(folder / RECORD, sinks) if ranks.first else Unwritten()
         if self.saved:
             self.record.cut(self.saved.plain["record_bytes"])
             self.record.write("resumed", step=self.saved.number, ranks=ranks.count, versions=versions())

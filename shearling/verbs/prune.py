@@ -35,6 +35,7 @@ from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, has_checkpoint, tidied
 from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
+from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done, load_under_masks
@@ -113,8 +114,8 @@ def _prune(
     check_sums([store])
     if teaching:
         teaching.check(session)
-    with entered(stage, ranks) as folder:
-        return Pruning(source, target, session, asked, teaching, notes, folder, stage.out).run(watch)
+    with entered(stage, ranks) as folder, Sinks(asked.sinks if ranks.first else (), stage.out) as sinks:
+        return Pruning(source, target, session, asked, teaching, notes, folder, stage.out, sinks).run(watch)
 
 
 def open_target(model: str, asked: Prune, *, arch: str | None = None) -> tuple[Source, Shape, tuple[str, ...]]:
@@ -145,11 +146,12 @@ class Pruning:
     notes: tuple[str, ...]
     folder: Path
     out: Path
+    sinks: Sinks
 
     def run(self, watch: Watch) -> Pruned:
         """Scores, perhaps learned masks, the cut, and the losses before and after."""
         source, session, ranks = self.source, self.session, self.session.ranks
-        keeping = Keeping(self.folder, self.asked, ranks=ranks)
+        keeping = Keeping(self.folder, self.asked, sinks=self.sinks, ranks=ranks)
         record, misses, flops, read = keeping.record, (), 0.0, source.read
         with keeping:
             before, importance = self.before(keeping)
@@ -157,8 +159,7 @@ class Pruning:
                 aim = aimed(session, self.asked.mixture, lambda: (before["losses"], "the source's own losses"))
                 scores = keeping.tensors("scores") if importance is None else importance.scores
                 cut, misses, tokens, read = replace(self, session=aim).learn(scores, before, keeping, watch)
-                taught = self.teaching.flops(session, tokens) if self.teaching else 0.0
-                flops = session.flops(source, source.shape, tokens=tokens) + taught
+                flops = self.flops(tokens)
             else:
                 assert importance is not None
                 cut = self.score(importance)
@@ -203,6 +204,11 @@ class Pruning:
         scored = partial(measure, family=source.family, config=source.config, batches=calibration)
         with torch.no_grad():
             return losses, inside(model, scored)
+
+    def flops(self, tokens: int) -> float:
+        """Of learning masks on so many tokens, the teacher's forward passes included."""
+        own = self.session.flops(self.source, self.source.shape, tokens=tokens)
+        return own + (self.teaching.flops(self.session, tokens) if self.teaching else 0.0)
 
     @property
     def learns(self) -> bool:
@@ -272,6 +278,7 @@ class Pruning:
                 log=record.write,
                 on_step=watch("learning masks", steps),
                 ranks=ranks,
+                flops_per_token=self.flops(1),
             )
         warn_of_end(session, state)
         kept = gates.kept()

@@ -27,7 +27,8 @@ from shearling.recipe import Training
 from shearling.train.objective import NextToken, Objective
 from shearling.train.optim import default_lr
 from shearling.train.schedule import cosine, trapezoid
-from shearling.train.step import Draw, Log, Settings, State
+from shearling.train.step import Draw, Log, OnStep, Settings, State
+from shearling.verbs.sinks import check_sinks
 from shearling.verbs.source import Source
 from shearling.verbs.together import Evenly, dealt, load
 
@@ -41,14 +42,15 @@ AT_END = {
     "redistribute": "its share goes to the others",
     "repeat": "it is read again",
 }
+LOG_EVERY_ON_GPU = 10  # steps: at each of those the host waits for the device, which then waits for the host
 WINDOWS_BETWEEN = 4  # of the smallest domain, between two updates of the mixture
 UPDATES = 20  # of the mixture in a run, where nobody asks for another number
-Watch = Callable[[str, int], Callable[[int, float, Mapping[str, float]], None]]  # (title, steps) -> train's on_step
+Watch = Callable[[str, int], OnStep]  # (title, steps) -> train's on_step
 
 
-def unwatched(title: str, steps: int) -> Callable[[int, float, Mapping[str, float]], None]:
+def unwatched(title: str, steps: int) -> OnStep:
     """No progress shown."""
-    return lambda step, loss, excess: None
+    return lambda step, figures, excess: None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Session:
     ) -> "Session":
         """Fills in what `asked` leaves open; the mixture is steered once `towards` has said what by."""
         source.check_store(store)
+        check_sinks(asked.sinks)
         device = device or choose_device(asked.device)
         seq_len = asked.seq_len or source.seq_len()
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
@@ -101,6 +104,7 @@ class Session:
             domains=store.domains,
             schedule=_schedule(asked),
             clip_norm=asked.clip_norm,
+            log_every=asked.log_every or (LOG_EVERY_ON_GPU if device.startswith("cuda") else 1),
             eval_every=max(1, steps // 10) if asked.eval_every is None else asked.eval_every,
             autocast=_autocast(asked.autocast, device),
         )

@@ -24,13 +24,18 @@ def without_weights(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
 def whole_windows() -> Iterator[None]:
     """Within it transformers takes windows for undivided, as it finds them where positions simply count.
 
-    It looks at their values for that, which tensors without storage don't have: it would make a mask.
+    It looks at their values for that, which tensors without storage don't have: it would make a mask. On a GPU the
+    host would wait for the device to look.
     """
     from transformers import masking_utils as module
 
     before = module.find_packed_sequence_indices
-    module.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportAttributeAccessIssue]
+    module.find_packed_sequence_indices = _undivided  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         module.find_packed_sequence_indices = before
+
+
+def _undivided(position_ids: torch.Tensor) -> None:
+    """One function throughout, or compiled code would be made again for each."""

@@ -112,7 +112,7 @@ def test_fault_06_a_second_signal_leaves_at_once(tmp_path, cut, store_folder, as
     )
 
     def impatient(title: str, steps: int):
-        def on_step(step, loss, excess) -> None:
+        def on_step(step, figures, excess) -> None:
             if step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
