@@ -210,7 +210,7 @@ class Checkpoints:
         _write_synced(new / STATE, text)
         sums[STATE] = file_sum(new / STATE)
         manifest = {**FORMAT, "run": self.run, "number": number, "ranks": self.ranks.count, "sha256": sums}
-        _write_synced(new / MANIFEST, json.dumps(manifest, indent=1))
+        _write_synced(new / MANIFEST, json.dumps({**manifest, "own": _own_sum(manifest)}, indent=1))
         for folder in (*new.glob("rank-*"), new):
             sync(folder)
         os.rename(new, self._at(number))
@@ -232,6 +232,8 @@ class Checkpoints:
             manifest = json.loads((folder / MANIFEST).read_bytes())
             if {key: manifest[key] for key in FORMAT} != FORMAT:
                 return f"{MANIFEST} is of another format"
+            if manifest.pop("own") != _own_sum(manifest):
+                return f"{MANIFEST} isn't what was written"
             if manifest["run"] != self.run:
                 return "another run saved it"
             for name in sorted(manifest["sha256"])[self.ranks.rank :: self.ranks.count]:
@@ -296,6 +298,10 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _own_sum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def file_sum(path: Path) -> str:

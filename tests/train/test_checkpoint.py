@@ -147,7 +147,7 @@ def two(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_fault_11_every_flipped_bit_is_found(two, data):
     path = data.draw(st.sampled_from(files(two / "step-2")))
@@ -156,10 +156,7 @@ def test_fault_11_every_flipped_bit_is_found(two, data):
     spare = shutil.copytree(two / "step-2", two.with_name(f"{two.name}-spare"), dirs_exist_ok=True)
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
     try:
-        found = opened(two).newest()
-        # The manifest's own white space and the number of its version say nothing of the tensors.
-        check(found, 1 if found is None or found.number == 1 else 2)
-        assert path.name == "manifest.json" or found is None or found.number == 1
+        check(opened(two).newest(), 1)
     finally:
         shutil.copytree(spare, two / "step-2", dirs_exist_ok=True)
 
