@@ -143,7 +143,7 @@ def test_partial_of_another_identity_is_left_alone(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path):
+def test_fault_20_a_second_process_is_refused_and_told_who_holds_it(tmp_path):
     process = holder(tmp_path / "out", "sys.stdin.read()")
     try:
         with pytest.raises(UserError) as caught, Stage(tmp_path / "out", IDENTITY):
@@ -164,7 +164,7 @@ def test_the_same_process_cant_take_it_twice(tmp_path):
     assert Stage(tmp_path / "out", IDENTITY).done
 
 
-def test_a_killed_predecessor_is_taken_over(tmp_path):
+def test_fault_19_a_killed_predecessor_is_taken_over(tmp_path):
     process = holder(tmp_path / "out", "os.kill(os.getpid(), signal.SIGKILL)")
     process.communicate()
     assert process.returncode == -signal.SIGKILL

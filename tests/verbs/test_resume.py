@@ -10,7 +10,10 @@ import torch
 from killed import apart, killed_at, losses, weights
 
 from shearling.errors import UserError
-from shearling.record import read
+from shearling.recipe import Data, Recipe, validated
+from shearling.record import Record, read
+from shearling.run import run
+from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
 from shearling.verbs.session import unwatched
@@ -124,12 +127,76 @@ def test_fault_06_a_second_signal_leaves_at_once(tmp_path, cut, store_folder, as
     assert [e["step"] for e in read(tmp_path / "out" / "record.jsonl") if e["event"] == "resumed"] in ([2], [4])
 
 
-def test_fault_15_another_recipe_is_refused_with_what_differs(tmp_path, cut, store_folder, ask_heal):
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"batch_tokens": 64}, "batch_tokens: 128 there, 64 now"),
+        ({"lr": 0.5}, "lr: null there, 0.5 now"),
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+    ],
+)
+def test_fault_14_15_another_recipe_is_refused_with_what_differs(tmp_path, cut, store_folder, ask_heal, other, told):
     verb = partial(heal, str(cut), data=str(store_folder), out=str(tmp_path / "out"))
     assert apart(partial(verb, asked=ask_heal(save_every=1), watch=killed_at(3))) == -signal.SIGKILL
-    with pytest.raises(UserError, match=r"batch_tokens: 128 there, 64 now"):
-        verb(asked=ask_heal(save_every=1, batch_tokens=64))
+    with pytest.raises(UserError, match=told):
+        verb(asked=ask_heal(save_every=1, **other))
     verb(asked=ask_heal(save_every=2))  # how often it saves changes nothing
+
+
+def test_fault_15_another_store_or_model_is_refused(tmp_path, cut, model_folder, store_folder, corpus, ask_heal):
+    asked, out = ask_heal(save_every=1), str(tmp_path / "out")
+    killed = partial(heal, str(cut), data=str(store_folder), out=out, asked=asked, watch=killed_at(3))
+    assert apart(killed) == -signal.SIGKILL
+    other = str(tmp_path / "store")
+    make_store(validated(Data, {"inputs": [str(corpus)], "held_out": 0.4}), tokenizer=str(model_folder), out=other)
+    with pytest.raises(UserError, match=r"a stage with other settings .*data: "):
+        heal(str(cut), data=other, out=out, asked=asked)
+    with pytest.raises(UserError, match=r"a stage with other settings .*model: "):
+        heal(str(model_folder), data=str(store_folder), out=out, asked=asked)
+
+
+def test_fault_16_another_number_of_workers_changes_nothing(tmp_path, cut, store_folder, ask_heal):
+    heal(str(cut), data=str(store_folder), out=str(tmp_path / "calm"), asked=ask_heal(steps=9, workers=0))
+    out = tmp_path / "out"
+    verb = partial(heal, str(cut), data=str(store_folder), out=str(out))
+    for workers in (1, 2):
+        watch = killed_at(3, saved_in=out.with_name("out.partial"))
+        asked = ask_heal(steps=9, workers=workers, save_every=1)
+        assert apart(partial(verb, asked=asked, watch=watch)) == -signal.SIGKILL
+    verb(asked=ask_heal(steps=9, workers=4))
+    assert losses(out) == losses(tmp_path / "calm")
+    assert weights(out) == weights(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("boundary", ["run", "data", "prune", "heal"])
+def test_fault_59_a_run_killed_between_stages_goes_on_with_the_next(tmp_path, model_folder, corpus, boundary):
+    """And does nothing again that is finished."""
+    stage = {"steps": 3, "seq_len": 32, "batch_tokens": 128, "eval_windows": 4, "device": "cpu"}
+    asked = {
+        "model": str(model_folder),
+        "data": {"inputs": [str(corpus)], "held_out": 0.2},
+        "prune": {**stage, "to": {"hidden_size": 24}, "method": "masks", "calibration_windows": 4},
+        "heal": stage,
+    }
+
+    def killed() -> None:
+        plain = Record.write
+
+        def write(self: Record, event: str, /, **fields) -> None:
+            plain(self, event, **fields)
+            if boundary in (event, fields.get("name")) and self.path.parent.name == "run":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Record.write = write
+        run(Recipe.model_validate({**asked, "out": str(tmp_path / "run")}))
+
+    assert apart(killed) == -signal.SIGKILL
+    done = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/stage.json")}
+    assert len(done) == ["run", "data", "prune", "heal"].index(boundary)
+    for name in ("run", "calm"):
+        run(Recipe.model_validate({**asked, "out": str(tmp_path / name)}))
+    assert {name: (tmp_path / "run" / name / "stage.json").stat().st_mtime_ns for name in done} == done
+    assert weights(tmp_path / "run" / "model") == weights(tmp_path / "calm" / "model")
 
 
 def test_checkpoints_asked_for_stay(tmp_path, cut, store_folder, ask_heal):
