@@ -142,7 +142,15 @@ class Prune(Training):
     method: Literal["auto", "masks", "activation"] = "auto"
     calibration_windows: int = Field(default=128, gt=0)
     masks: Options = Options()
+    masks_only: bool = False  # weights stay as they are, in bfloat16 meanwhile: some 2 bytes a parameter
     decay: float = Field(default=0.0, ge=0, le=1)  # healing goes on from the rate that pruning ends with
+
+    @model_validator(mode="after")
+    def _masks_are_learned(self) -> "Prune":
+        if self.masks_only and self.method == "activation":
+            change = "take --method masks, or leave masks_only out"
+            raise UserError("masks_only", found="it with one-shot scores", expected="learned masks", change=change)
+        return self
 
 
 class Phase(Section):

@@ -261,6 +261,9 @@ def prune(
     method: Annotated[str, typer.Option(help="masks (learned), activation (one-shot), auto (by budget).")] = "auto",
     relaxation: Annotated[str | None, typer.Option(help="Of the masks: soft_topk or hard_concrete.")] = None,
     start: Annotated[str | None, typer.Option(help="Of the masks: ranked (by activations) or open.")] = None,
+    masks_only: Annotated[
+        bool, typer.Option("--masks-only", help="Leave the weights as they are: 2 bytes a parameter instead of 16.")
+    ] = False,
     mask_lr: Annotated[float | None, typer.Option(help="Learning rate of the masks.")] = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="Sheared-LLaMA's masks, constraint, rates and budget.")
@@ -309,6 +312,7 @@ def prune(
     if steps is not None:
         base.pop("tokens", None)
     asked = {**base, **training, "activation_checkpointing": activation_checkpointing, "to": to, "method": method}
+    asked["masks_only"] = masks_only
     asked["masks"] = {**base.get("masks", {}), **masks}
     asked["mixture"] = {**base.get("mixture", {}), **mixing}
     asked["teacher"] = teacher_words(teacher, kl_share, cache=teacher_cache)

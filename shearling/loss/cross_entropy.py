@@ -3,25 +3,38 @@
 B sequences, T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from shearling.loss.distillation import CHUNK_TOKENS, blended_loss
 from shearling.loss.logits import logit_cap, logits_of, read_by_head
-from shearling.loss.numbers import numbers_on
-
-CHUNK_TOKENS = 1024
 
 
 def next_token_loss(model: Any, ids: Tensor) -> Tensor:
     """Mean nats per predicted token of a transformers causal model on ids [B, T + 1]."""
     targets = ids[:, 1:]
-    hidden, weight = head_inputs(model, hidden_states(model, ids[:, :-1]))
-    return head_loss(hidden, weight, targets, cap=logit_cap(model)) / targets.numel()
+    total, _ = head_losses(model, hidden_states(model, ids[:, :-1]), targets)
+    return total / targets.numel()
+
+
+def head_losses(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what a model's head reads, [B, T, D], at targets int64 [B, T], those below 0 left out: the sum, to go backward
+    from, and the nats of each, [B, T].
+
+    Gradients are formed in the forward pass, chunk by chunk: on a CPU torch's own linear_cross_entropy took the time of
+    four plain losses (benchmarks/trainer.py).
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    hidden, weight = read_by_head(model, hidden)
+    cap = logit_cap(model)
+    total, losses, _ = blended_loss(
+        hidden.flatten(0, 1), weight, targets.flatten(), None, share=0.0, dtype=dtype, cap=cap
+    )
+    return total, losses.view_as(targets)
 
 
 @torch.no_grad()
@@ -46,53 +59,3 @@ def head_inputs(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     return hidden, weight.to(hidden.dtype)
-
-
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float | None = None) -> Tensor:
-    """Summed cross-entropy of softmax(hidden [..., D] weight^T [D, V]) at targets [...], those of -100 left out.
-
-    With a `cap`, of the logits under it.
-    """
-    hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if _is_small(hidden, weight):
-        return _summed(hidden, weight, targets, cap)
-    fused = getattr(functional, "linear_cross_entropy", None)  # torch 2.13 and later
-    if fused is not None and cap is None:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return fused(hidden, weight, targets, reduction="sum", options=options).float()
-    total = torch.zeros((), device=hidden.device)
-    for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-        part = checkpoint(_summed, h, weight, t, cap, use_reentrant=False)
-        assert isinstance(part, Tensor)
-        total = total + part
-    return total
-
-
-def head_loss_by_domain(
-    hidden: Tensor, weight: Tensor, targets: Tensor, domains: Sequence[int], *, cap: float | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """`head_loss` of hidden [B, T, D] at targets [B, T], apart for each domain that some of the B windows are from."""
-    if _is_small(hidden.flatten(0, -2), weight):
-        logits = logits_of(hidden.flatten(0, -2), weight, cap).float()
-        by_window = functional.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).sum(-1)
-        for domain in sorted(set(domains)):
-            yield domain, by_window[_windows_of(domain, domains, hidden.device)].sum()
-        return
-    for domain in sorted(set(domains)):
-        rows = _windows_of(domain, domains, hidden.device)
-        yield domain, head_loss(hidden[rows], weight, targets[rows], cap=cap)
-
-
-def _windows_of(domain: int, domains: Sequence[int], device: Any) -> Any:
-    if all(other == domain for other in domains):
-        return slice(None)
-    return numbers_on(device, [row for row, other in enumerate(domains) if other == domain])
-
-
-def _is_small(hidden: Tensor, weight: Tensor) -> bool:
-    # So few tokens, or so small a vocabulary, that chunks would only cost time.
-    return len(hidden) < weight.shape[1] or len(weight) <= weight.shape[1]
-
-
-def _summed(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-    return functional.cross_entropy(logits_of(hidden, weight, cap).float(), targets, reduction="sum")

@@ -80,7 +80,7 @@ def blended_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    taught: Taught,
+    taught: Taught | None,
     *,
     share: float,
     dtype: torch.dtype | None = None,
@@ -88,7 +88,8 @@ def blended_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a student's hidden [N, D] and head weight [V, D]: the sum of (1 - share) CE + share KL, and CE, KL [N].
 
-    Targets int64 [N]; where one is negative there is neither. Only the sum takes gradients, which are made with it:
+    Targets int64 [N]; where one is negative there is neither. Without a teacher KL is 0, and the share has to be too.
+    Only the sum takes gradients, which are made with it:
     what is kept for backward are those of `hidden` and `weight`. Products are taken in `dtype`, else in `hidden`'s.
     The student's logits x are cap tanh(x / cap) where there is a `cap`.
     """
@@ -113,7 +114,7 @@ class _Blended(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        taught: Taught,
+        taught: Taught | None,
         share: float,
         dtype: torch.dtype,
         cap: float | None,
@@ -132,7 +133,10 @@ class _Blended(torch.autograd.Function):
             slope = None if cap is None else 1 - (log_q / cap).square_()
             log_q -= log_q.logsumexp(-1, keepdim=True)
             ce[rows] = -log_q.gather(1, known[rows]).squeeze(-1)
-            kl[rows], grad = taught.against(rows, log_q, share=share)
+            if taught is None:
+                grad = log_q.exp_()
+            else:
+                kl[rows], grad = taught.against(rows, log_q, share=share)
             grad = grad.scatter_add_(1, known[rows], grad.new_full((len(h), 1), share - 1))
             grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
             if dhidden is not None:

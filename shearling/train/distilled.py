@@ -14,9 +14,8 @@ from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Taught, blended_loss
 from shearling.loss.logits import logit_cap, read_by_head
-from shearling.loss.numbers import numbers_on
 from shearling.loss.streams import Weights, in_order, outputs_of, stream_loss
-from shearling.train.objective import Losses, target_counts
+from shearling.train.objective import Losses, by_domain, target_counts
 
 
 class Lesson(Protocol):
@@ -93,7 +92,7 @@ class Distilled:
             apart = apart * (targets != IGNORED)
             total = total + self.streams.weight * apart.sum()
             figures["hidden"] = apart.detach()
-        sums = {name: _by_domain(figure, batch.domains, self.domains) for name, figure in figures.items()}
+        sums = {name: by_domain(figure, batch.domains, self.domains) for name, figure in figures.items()}
         return Losses(total, sums, target_counts(batch, self.domains))
 
     def begin(self, step: int) -> None:
@@ -107,11 +106,3 @@ class Distilled:
 
     def metrics(self) -> dict[str, float]:
         return {"kl_share": self.share}
-
-
-def _by_domain(figure: Tensor, of: Sequence[int], domains: int) -> Tensor:
-    """Sums of [B, T] over the windows of each domain, float32 [domains]."""
-    # Not by index_add, whose order of summation changes from run to run on a GPU.
-    device = figure.device
-    belongs = torch.arange(domains, device=device).unsqueeze(-1) == numbers_on(device, of)
-    return torch.where(belongs, figure.sum(-1).float(), 0.0).sum(-1)

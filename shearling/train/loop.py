@@ -66,7 +66,7 @@ def train(
         losses, settings = with_room(forth_and_back, settings, optimizers=optimizers, log=log)
         for term in terms:
             term.backward(step)
-        norm = gathered(torch.nn.utils.clip_grad_norm_(clipped, settings.clip_norm))
+        norm = gathered(torch.nn.utils.clip_grad_norm_(clipped, settings.clip_norm)).to(device)  # 0 if there are none
         left_out = not_finite(others, norm)
         share = settings.schedule(step, settings.steps)
         for group in groups:

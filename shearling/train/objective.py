@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from shearling.data.batch import IGNORED, Batch
-from shearling.loss.cross_entropy import head_inputs, head_loss_by_domain, hidden_states
-from shearling.loss.logits import logit_cap
+from shearling.loss.cross_entropy import head_losses, hidden_states
 from shearling.loss.numbers import numbers_on
 from shearling.ranks.ranks import Ranks
 
@@ -78,17 +77,17 @@ class NextToken:
 
     def __call__(self, model: Any, batch: Batch) -> Losses:
         hidden = hidden_states(model, batch.ids[:, :-1], position_ids=batch.position_ids)
-        hidden, weight = head_inputs(model, hidden)
-        parts = dict(head_loss_by_domain(hidden, weight, batch.targets, batch.domains, cap=logit_cap(model)))
-        total = torch.stack(list(parts.values())).sum()
-        return Losses(total, {"loss": by_domain(parts, self.domains)}, target_counts(batch, self.domains))
+        total, losses = head_losses(model, hidden, batch.targets)
+        sums = {"loss": by_domain(losses, batch.domains, self.domains)}
+        return Losses(total, sums, target_counts(batch, self.domains))
 
 
-def by_domain(parts: Mapping[int, Tensor], domains: int) -> Tensor:
-    """Detached values in the order of the domains, 0 where there is none, float32 [domains]."""
-    some = next(iter(parts.values()))
-    zero = torch.zeros((), device=some.device)
-    return torch.stack([parts[d].detach().float() if d in parts else zero for d in range(domains)])
+def by_domain(figure: Tensor, of: Sequence[int], domains: int) -> Tensor:
+    """Sums of [B, T] over the windows of each domain, float32 [domains]."""
+    # Not by index_add, whose order of summation changes from run to run on a GPU.
+    device = figure.device
+    belongs = torch.arange(domains, device=device).unsqueeze(-1) == numbers_on(device, of)
+    return torch.where(belongs, figure.sum(-1).float(), 0.0).sum(-1)
 
 
 def target_counts(batch: Batch, domains: int) -> Tensor:

@@ -56,7 +56,9 @@ def tidied(keep_every: int | None) -> Callable[[Path], None]:
 
 @dataclass(frozen=True)
 class Held:
-    """What a run changes as it goes, by name: the model's parameters, the optimizers' state, other modules'."""
+    """What a run changes as it goes, by name: the model's parameters unless they are frozen, the optimizers' state,
+    other modules' parameters.
+    """
 
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
@@ -64,7 +66,7 @@ class Held:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, as they are."""
-        found: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        found: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
         found |= {f"{key}.{name}": p for key, module in self.modules.items() for name, p in module.named_parameters()}
         for name, (optimizer, parameter) in self._parameters().items():
             found |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}

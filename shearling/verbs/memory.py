@@ -111,7 +111,8 @@ class Trained:
         """By a rehearsal of a step, or of two micro-batches where a batch has more than one."""
         settings, device, session = self.session.settings, self.session.device, replace(self.session, ranks=ALONE)
         with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
-            model, ledger = without_weights(self.source.folder), Ledger(device)
+            model, ledger = without_weights(self.source.folder, dtype=session.dtype), Ledger(device)
+            model.requires_grad_(not session.frozen)
             ledger.hold(model.parameters(), "weights")
             attached = None
             if self.axes:
@@ -140,7 +141,8 @@ class Trained:
     def _summed(self, parts: dict[str, int], weights: int, gathered: int) -> Need:
         """With what is there throughout; or as it is while the optimizer steps, if more is there then."""
         gates = GATE_BYTES * sum(prod(shape) for shape in self._mask_shapes().values())
-        lasting = {"weights": weights, "gradients": weights, "optimizer": MOMENTS * weights}
+        trained = 0 if self.session.frozen else weights
+        lasting = {"weights": weights, "gradients": trained, "optimizer": MOMENTS * trained}
         stepping = {**lasting, "teacher_weights": parts.get("teacher_weights", 0), "masks": parts.get("masks", 0)}
         parts |= {"optimizer": lasting["optimizer"]}
         parts = max(parts, stepping, key=lambda found: sum(found.values()))
@@ -153,7 +155,7 @@ class Trained:
         parts |= {part: parts.get(part, 0) // shards for part in SHARED if part not in whole}
         parts |= {"gathered": gathered} if gathered else {}
         never = self.asked.save_every is not None and self.asked.save_every > self.steps
-        return Need(parts, 0 if never else (1 + MOMENTS) * weights // shards + gates)
+        return Need(parts, 0 if never else (1 + MOMENTS) * trained // shards + gates)
 
     def _gathered(self, model: Any) -> int:
         """What of weights that are shared out is whole at a time, and of their gradients: all that is in no block, the

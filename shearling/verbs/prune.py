@@ -95,6 +95,7 @@ def _prune(
         ranks=ranks,
     )
     references = given(asked.mixture, session)
+    session = replace(session, frozen=asked.masks_only)
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
@@ -126,6 +127,8 @@ def open_target(model: str, asked: Prune, *, arch: str | None = None) -> tuple[S
 
 def _choose(asked: Prune, steps: int) -> tuple[Prune, str]:
     """Masks or one-shot scores, by the budget, and why."""
+    if asked.masks_only:
+        return asked.model_copy(update={"method": "masks"}), "method masks: nothing else is to be learned"
     method, reason = ("masks", "at least") if steps >= MASKS_FROM_STEPS else ("activation", "fewer than")
     note = f"method {method}: the budget is {steps} steps, {reason} {MASKS_FROM_STEPS} (--method chooses otherwise)"
     return asked.model_copy(update={"method": method}), note
@@ -194,7 +197,7 @@ class Pruning:
         source, session, record = self.source, self.session, keeping.record
         chosen = {"target": dict(self.target), "method": self.asked.method, "notes": list(self.notes)}
         record.write("prune", **chosen, versions=versions(), **session.describe())
-        model = session.load(source)
+        model = session.load(source, dtype=session.dtype)
         losses = by_domain(session.measure(model))
         record.write("held_out", step=0, of="source", **losses)
         calibration = session.feed.calibration(self.asked.calibration_windows, session.mixture.weights)
@@ -222,7 +225,8 @@ class Pruning:
     def learn(
         self, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
     ) -> tuple[Cut, tuple[str, ...], int, Reader]:
-        """Trains masks and weights together: the cut, what missed its target, the tokens that it took, the weights.
+        """Trains masks, and weights unless they are frozen: the cut, what missed its target, the tokens that it took,
+        the weights to cut.
 
         `scores` and the losses `before` are the source's.
         """
@@ -232,9 +236,14 @@ class Pruning:
             session.device
         )
         attached = load_under_masks(
-            source, gates.axes, device=session.device, ranks=ranks, compute=session.settings.autocast
+            source,
+            gates.axes,
+            device=session.device,
+            ranks=ranks,
+            dtype=session.dtype,
+            compute=session.settings.autocast,
         )
-        model: Any = attached.model
+        model: Any = attached.model.requires_grad_(not session.frozen)
         over_ranks = (lambda gradient: ranks.add_up(gradient) / ranks.count) if ranks.count > 1 else None
         term = LearnedMasks(attached, gates, over_ranks=over_ranks)
         distilled = self.teaching.objective(session, under=attached) if self.teaching else None
@@ -246,7 +255,8 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        optimizers = (adamw(model.parameters(), lr=session.lr), *gates.optimizers())
+        weights = [] if session.frozen else [adamw(model.parameters(), lr=session.lr)]
+        optimizers = (*weights, *gates.optimizers())
         starts = nn.ParameterDict({axis: nn.Parameter(score, requires_grad=False) for axis, score in scores.items()})
         held = Held(model, optimizers, {"gates": gates, "scores": starts})
         keeping.take_up(held)
@@ -279,7 +289,7 @@ class Pruning:
         record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         cut = Cut(source.family, source.config, self.target, kept, masks=masks)
-        return cut, misses, state.tokens, source.reader(model)
+        return cut, misses, state.tokens, source.read if session.frozen else source.reader(model)
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
         """What shearling.json says of the result."""

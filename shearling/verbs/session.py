@@ -67,6 +67,7 @@ class Session:
     eval_windows: int
     mixture: Mixture
     ranks: Ranks = ALONE
+    frozen: bool = False  # the weights of what is trained
     steering: Steered | None = None
     notes: tuple[str, ...] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)  # what a step is estimated to take
@@ -189,9 +190,14 @@ class Session:
         """Held-out loss by domain of a model as it is, in nats per token. Raises UserError where it isn't finite."""
         return {domain: figures.nats_per_token for domain, figures in self.measure(model).items()}
 
-    def load(self, source: Source) -> Any:
-        """A model to train or to measure, its weights in float32."""
-        return load(source, device=self.device, ranks=self.ranks, compute=self.settings.autocast)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights of what is trained, in memory."""
+        return torch.bfloat16 if self.frozen else torch.float32
+
+    def load(self, source: Source, *, dtype: torch.dtype = torch.float32) -> Any:
+        """A model to train or to measure."""
+        return load(source, device=self.device, ranks=self.ranks, dtype=dtype, compute=self.settings.autocast)
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)

@@ -49,13 +49,19 @@ def load(
 
 
 def load_under_masks(
-    source: Source, axes: tuple[str, ...], *, device: str, ranks: Ranks, compute: torch.dtype | None
+    source: Source,
+    axes: tuple[str, ...],
+    *,
+    device: str,
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
 ) -> Attached:
-    """The same in float32, with masks on it along `axes`."""
+    """The same with masks on it along `axes`."""
     if ranks.count == 1:
-        model = load_model(source.folder, device=device)
+        model = load_model(source.folder, dtype=dtype, device=device)
         return Attached(model, source.family, config=source.config, axes=axes)
-    model = empty_model(source.folder, dtype=torch.float32)
+    model = empty_model(source.folder, dtype=dtype)
     attached = Attached(model, source.family, config=source.config, axes=axes, device=torch.device(device))
     _share(model, source, device, ranks, compute)
     return attached

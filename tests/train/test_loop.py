@@ -10,7 +10,8 @@ from small_models import small, tokens
 from shearling.data.batch import Batch
 from shearling.data.loader import HeldOut
 from shearling.errors import UserError
-from shearling.loss.cross_entropy import head_loss, next_token_loss
+from shearling.loss.cross_entropy import next_token_loss
+from shearling.loss.distillation import blended_loss
 from shearling.loss.held_out import held_out_losses
 from shearling.mixture.weights import Mixture
 from shearling.train.loop import train
@@ -214,13 +215,13 @@ def test_the_datas_end_ends_the_run() -> None:
 
 
 def test_chunks_give_the_plain_loss_and_gradients() -> None:
-    """Enough tokens and vocabulary that the chunked path is taken; float64 is the judge."""
+    """Over more than one chunk; float64 is the judge."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(96, 16, generator=generator, requires_grad=True)
+    hidden = torch.randn(2100, 16, generator=generator, requires_grad=True)
     weight = torch.randn(64, 16, generator=generator, requires_grad=True)
-    targets = torch.randint(0, 64, (96,), generator=generator)
+    targets = torch.randint(0, 64, (2100,), generator=generator)
     targets[:7] = -100
-    loss = head_loss(hidden, weight, targets)
+    loss, _, _ = blended_loss(hidden, weight, targets, None, share=0.0)
     loss.backward()
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     expected = torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="sum")

@@ -68,9 +68,16 @@ def test_fault_01_04_healing_with_everything_on(tmp_path, cut, store_folder, ask
     assert not (tmp_path / "killed" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("relaxation", ["soft_topk", "hard_concrete"])
-def test_fault_03_masks_and_multipliers(tmp_path, model_folder, store_folder, ask_prune, relaxation):
-    asked = ask_prune(method="masks", steps=8, save_every=2, masks={"relaxation": relaxation})
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masks": {"relaxation": "soft_topk"}},
+        {"masks": {"relaxation": "hard_concrete"}},
+        {"masks_only": True},
+    ],
+)
+def test_fault_03_masks_and_multipliers(tmp_path, model_folder, store_folder, ask_prune, options):
+    asked = ask_prune(method="masks", steps=8, save_every=2, **options)
     verb = partial(prune, str(model_folder), data=str(store_folder), asked=asked)
     assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
     assert len(set(chained(verb, tmp_path / "killed", [3, 3, 3]))) == 3

@@ -70,6 +70,25 @@ def in_dtype(folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
+def test_masks_alone_leave_the_weights_as_they_are(tmp_path, model_folder, store_folder, ask_prune):
+    """What no mask is folded into are rows of the source's, to the bit; and no checkpoint holds weights."""
+    out = tmp_path / "cut"
+    asked = ask_prune(masks_only=True, steps=6, save_every=2, keep_every=6)
+    cut = prune(str(model_folder), data=str(store_folder), out=str(out), asked=asked)
+    kept = json.loads((out / "shearling.json").read_text())["kept"]
+    layer, hidden = kept["layer"][0]["kept"][0], kept["hidden"][0]["kept"]
+    (neurons,) = (torch.tensor(choice["kept"]) for choice in kept["intermediate"] if choice["within"] == [layer])
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, out))
+    gate = "model.layers.{}.mlp.gate_proj.weight".format
+    assert torch.equal(after[gate(0)], before[gate(layer)][neurons][:, hidden])
+    saved = load_file(out / "checkpoints" / "step-6" / "rank-0" / "model.safetensors")
+    assert {name.partition(".")[0] for name in saved} == {"gates", "scores", "optimizer", "state"}
+    assert max(cut.losses.values()) < 7
+    memory = read(out / "record.jsonl")[0]["memory"]
+    assert memory["gradients_bytes"] == memory["optimizer_bytes"] == 0
+    assert memory["weights_bytes"] == 2 * cut.source_parameters
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_heads_are_cut_too(tmp_path, model_folder, store_folder, ask_prune, method):
     out = tmp_path / "cut"
