@@ -13,7 +13,7 @@ from shearling.masks import hard_concrete
 from shearling.masks.constraint import Slide, expected_sparsity, penalty
 from shearling.masks.gates import Gates
 from shearling.masks.options import Options
-from shearling.masks.soft_topk import soft_topk
+from shearling.masks.soft_topk import soft_topks
 from shearling.masks.start import dead, none_closed, open_start, ranked_start, unit_start
 
 
@@ -138,12 +138,13 @@ class SoftTopKGates(Gates):
         """Closed entries far below all others: their masks and their gradients are exactly 0."""
         return self.location[axis].masked_fill(self.closed[axis], -100.0)
 
-    def values(self, axis: str, step: int) -> Tensor:
-        k = min(self.size(axis, step), self.most.get(axis, inf))
-        return soft_topk(self.scores(axis), k=k, temperature=self.temperature(step))
+    def values(self, step: int, *axes: str) -> dict[str, Tensor]:
+        ks = [min(self.size(axis, step), self.most.get(axis, inf)) for axis in axes]
+        scores = [self.scores(axis) for axis in axes]
+        return dict(zip(axes, soft_topks(scores, ks=ks, temperature=self.temperature(step)), strict=True))
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        return {**self.settled, **{axis: self.values(axis, step) for axis in self.learned}}
+        return {**self.settled, **self.values(step, *self.learned)}
 
     def support(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The masks themselves, whose sum is the target's number now.
@@ -162,13 +163,13 @@ class SoftTopKGates(Gates):
         return [_adamw(self.location, self.options.rate)]
 
     def soft_values(self, axis: str) -> Tensor:
-        return self.values(axis, self.steps - 1)
+        return self.values(self.steps - 1, axis)[axis]
 
     def expected(self, axis: str, step: int) -> Tensor:
-        return self.values(axis, step).sum(-1)
+        return self.values(step, axis)[axis].sum(-1)
 
     def opened(self, axis: str) -> Tensor:
-        return self.values(axis, self.steps - 1) > 0.5
+        return self.soft_values(axis) > 0.5
 
 
 def make_gates(
