@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads of a fork don't find the pool that torch had
     draw, kills, differing = random.Random(asked.seed), {}, []
     known = verbs(asked.work)
     eager = [name for name in known if not name.endswith("compiled")]

@@ -17,7 +17,12 @@ OF_THE_MACHINE = ("time", "tokens_per_second", "data_wait_share", "mfu", "memory
 
 def apart(work: Callable[[], Any]) -> int:
     """The exit code of a forked process that does this work, negative if a signal ended it."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+
+    def forked() -> None:
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads of a fork don't find the pool that torch had
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=forked)
     process.start()
     process.join(120)
     assert process.exitcode is not None, "it hangs"

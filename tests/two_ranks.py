@@ -35,5 +35,6 @@ def on_ranks(work: Callable[..., Any], *args: Any, count: int = 2, code: int = 0
 
 def _run(work: Callable[..., Any], args: tuple[Any, ...], rank: int, count: int, port: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads of a fork don't find the pool that torch had
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     out.write_bytes(pickle.dumps(work(*args)))
