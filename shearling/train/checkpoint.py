@@ -160,8 +160,7 @@ class Checkpoints:
         return str(self._at(max(numbers))) if numbers else "none yet"
 
     def _numbers(self) -> list[int]:
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
-        return [int(match[1]) for match in map(NAME.fullmatch, names) if match]
+        return numbers(self.folder)
 
     def _at(self, number: int) -> Path:
         return self.folder / f"step-{number}"
@@ -268,6 +267,12 @@ class Checkpoints:
             expected="room for checkpoints",
             change="free space, choose an --out on another disk, or keep fewer; the last checkpoint is as it was",
         )
+
+
+def numbers(folder: Path) -> list[int]:
+    """Of the checkpoints in a folder."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [int(match[1]) for match in map(NAME.fullmatch, names) if match]
 
 
 def _copy_rows(rows: Rows, first: int, info: TensorInfo) -> None:

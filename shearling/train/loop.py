@@ -55,6 +55,8 @@ def train(
     others = [p for group in groups if not group.get("clip", True) for p in group["params"]]
     pace = Pace(device, ranks=ranks.count, flops_per_token=flops_per_token, tokens=state.tokens)
     told = 0 if state.skipped is None else int(state.skipped[1])
+    if state.micro_sequences not in (None, settings.micro_sequences):
+        log("micro_batch", before=state.micro_sequences, micro_sequences=settings.micro_sequences)
     while state.step < settings.steps:
         step, before = state.step, perf_counter()
         batch, sampler = draw(state.sampler, state.mixture.weights)
@@ -76,7 +78,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         for term in terms:
             term.end(step)
-        state = state.after(settings.batch_tokens, sampler, losses, left_out)
+        state = state.after(settings, sampler, losses, left_out)
         measuring = evaluate is not None and _is_due(state.step, settings.eval_every)
         if _is_due(state.step, settings.log_every) or state.step == settings.steps or measuring:
             # The figures wait for the device, so what is measured after them is all the host's.

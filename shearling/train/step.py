@@ -48,7 +48,8 @@ class State:
     """Where a run is. With the weights, the optimizers and the terms' own state, all that the next step depends on.
 
     `tally`: the losses by domain since the mixture was last updated. `skipped` int64 [2]: the steps left out because
-    their gradients weren't finite, in a row by now and in all.
+    their gradients weren't finite, in a row by now and in all. `micro_sequences`: windows at a time so far, on which
+    the bits depend.
     """
 
     step: int
@@ -57,14 +58,16 @@ class State:
     mixture: Any  # a MixtureInForce, which only its Steering looks into
     tally: Losses | None = None
     skipped: Tensor | None = None
+    micro_sequences: int | None = None
 
-    def after(self, tokens: int, sampler: Any, losses: Losses, left_out: Tensor) -> "State":
+    def after(self, settings: Settings, sampler: Any, losses: Losses, left_out: Tensor) -> "State":
         """After a step; `left_out` is 1 if it was."""
         tally = losses if self.tally is None else self.tally + losses
         in_a_row, in_all = (0, 0) if self.skipped is None else self.skipped.unbind()
         skipped = torch.stack([(in_a_row + 1) * left_out, in_all + left_out]).long()
-        step, tokens = self.step + 1, self.tokens + tokens
-        return replace(self, step=step, tokens=tokens, sampler=sampler, tally=tally, skipped=skipped)
+        step, tokens = self.step + 1, self.tokens + settings.batch_tokens
+        found = replace(self, step=step, tokens=tokens, sampler=sampler, tally=tally, skipped=skipped)
+        return replace(found, micro_sequences=settings.micro_sequences)
 
 
 class Term(Protocol):

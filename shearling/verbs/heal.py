@@ -20,7 +20,7 @@ from shearling.train.optim import adamw
 from shearling.train.step import State
 from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.balancing import balanced
-from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, tidied
+from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, micro_batches, tidied
 from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
 from shearling.verbs.sinks import Sinks
@@ -82,7 +82,8 @@ def _heal(
     if is_done(stage, ranks):
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)
-    phases = [replace(p, session=_fitting(p, phases, source, teaching)) for p in phases]
+    before = dict(enumerate(micro_batches(stage.partial)))
+    phases = [replace(p, session=_fitting(p, phases, source, teaching, before.get(n))) for n, p in enumerate(phases)]
     source.check_finite()
     check_sums(phase.session.feed.store for phase in phases)
     if teaching:
@@ -114,9 +115,11 @@ def _aimed(phase: PhasePlan, source: Source) -> Session:
     return aimed(phase.session, phase.asked.mixture, lambda: source_losses(source, phase.session))
 
 
-def _fitting(phase: PhasePlan, phases: Sequence[PhasePlan], source: Source, teaching: Teaching | None) -> Session:
+def _fitting(
+    phase: PhasePlan, phases: Sequence[PhasePlan], source: Source, teaching: Teaching | None, before: int | None
+) -> Session:
     steps = sum(each.session.settings.steps for each in phases)
-    return Trained(source, phase.session, phase.asked, steps, teaching).within_memory()
+    return Trained(source, phase.session, phase.asked, steps, teaching, before=before).within_memory()
 
 
 @dataclass(frozen=True)

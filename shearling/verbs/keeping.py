@@ -1,5 +1,6 @@
 """A training stage kept as it goes: checkpoints, what they hold, how the same command goes on from one, and signals."""
 
+import json
 import logging
 import os
 import shutil
@@ -24,7 +25,7 @@ from shearling.ranks.rows import Rows
 from shearling.recipe import Training
 from shearling.record import Record, Unwritten, versions
 from shearling.stage import IDENTITY_FILE
-from shearling.train.checkpoint import Checkpoints, Saved
+from shearling.train.checkpoint import STATE, Checkpoints, Saved, numbers
 from shearling.train.objective import Losses
 from shearling.train.step import State
 from shearling.verbs.sinks import Heard, Sinks
@@ -39,6 +40,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def has_checkpoint(partial: Path) -> bool:
     """Of a stage's `.partial`: whether there is something to go on from."""
     return any((partial / FOLDER).glob("step-*"))
+
+
+def micro_batches(partial: Path) -> list[int]:
+    """Of a stage's `.partial`: the windows at a time with which each phase ended or was saved, as far as can be read.
+
+    Nothing is checked yet: it is for choosing them again.
+    """
+    folder = partial / FOLDER
+    for number in sorted(numbers(folder), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            states = json.loads((folder / f"step-{number}" / STATE).read_bytes())["states"]
+            return [int(state["micro_sequences"]) for state in states]
+    return []
 
 
 def tidied(keep_every: int | None) -> Callable[[Path], None]:
@@ -239,13 +253,15 @@ def _plain(state: State) -> dict[str, Any]:
         "tokens": state.tokens,
         "sampler": asdict(state.sampler),
         "mixture": asdict(state.mixture),
+        "micro_sequences": state.micro_sequences,
     }
 
 
 def _state(plain: Mapping[str, Any]) -> State:
     sampler = SamplerState(**{name: tuple(value) for name, value in plain["sampler"].items()})
     mixture = Mixture(**{**plain["mixture"], "reached": tuple(plain["mixture"]["reached"])})
-    return State(plain["step"], plain["tokens"], sampler, mixture)
+    micro = plain["micro_sequences"]
+    return State(plain["step"], plain["tokens"], sampler, mixture, micro_sequences=micro)
 
 
 def _tensors(state: State) -> dict[str, Tensor]:

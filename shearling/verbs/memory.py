@@ -64,7 +64,9 @@ class Need:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training session as far as its memory goes. `axes`: those that masks lie on; `steps`: of the whole stage."""
+    """A training session as far as its memory goes. `axes`: those that masks lie on; `steps`: of the whole stage;
+    `before`: the windows at a time that it went on with until it was broken off.
+    """
 
     source: Source
     session: Session
@@ -72,6 +74,7 @@ class Trained:
     steps: int
     teaching: Teaching | None = None
     axes: tuple[str, ...] = ()
+    before: int | None = None
 
     def within_memory(self) -> Session:
         """The session with what it takes, and the micro-batch chosen if it is to be. Raises UserError if it can't fit.
@@ -81,6 +84,8 @@ class Trained:
         """
         ranks, settings = self.session.ranks, self.session.settings
         session = ranks.together(self._within_memory)
+        if ranks.count == 1:
+            return session
         choices = [settings.micro_sequences, *(each.session.settings.micro_sequences for each in self._smaller())]
         too_many = ranks.any(*(session.settings.micro_sequences < choice for choice in choices))
         agreed = next(choice for choice, many in zip(choices, too_many, strict=True) if not many)
@@ -88,15 +93,15 @@ class Trained:
 
     def _within_memory(self) -> Session:
         device, auto = self.session.device, self.asked.micro_sequences == "auto"
+        again = self.with_micro(self.before) if auto and self.before else self
         try:
-            room, need = self._room(device), self.need()
-            chosen = self._largest(room) if auto and room and need.on(device) > AUTO_SHARE * room.nbytes else self
-            need = need if chosen is self else chosen.need()
+            room = self._room(device)
+            chosen, need = again._chosen(room, self) if auto and room else (again, again.need())
         except (MemoryError, UserError):
             raise
         except Exception as error:
             log.warning("memory can't be estimated (%s: %s)", type(error).__name__, error)
-            return self.session
+            return again.session
         if room is not None and need.on(device) > room.nbytes:
             raise chosen._refused(room, need)
         host = self._room("cpu")
@@ -194,13 +199,21 @@ class Trained:
         sequences = self.session.settings.micro_sequences
         return (self.with_micro(1 << power) for power in reversed(range((sequences - 1).bit_length())))
 
-    def _largest(self, room: Room) -> "Trained":
-        """At the largest micro-batch that fits with some to spare, else at 1."""
-        found = self
-        for found in self._smaller():
-            if found.need().on(self.session.device) <= AUTO_SHARE * room.nbytes:
-                break
-        return found
+    def _chosen(self, room: Room, largest: "Trained") -> "tuple[Trained, Need]":
+        """Itself, if it is what a run goes on with and fits still: with another micro-batch come other bits. Else the
+        `largest` or as many windows as fit with some to spare, or one; and its need.
+        """
+        device, need = self.session.device, self.need()
+        if self.before is not None:
+            if need.on(device) <= room.nbytes:
+                return self, need
+            said = "there isn't the memory any more for %d windows at once: with fewer it goes on, but not to the bit"
+            log.warning(said, self.before)
+            need = largest.need()
+        found, smaller = largest, largest._smaller()
+        while need.on(device) > AUTO_SHARE * room.nbytes and (fewer := next(smaller, None)):
+            found, need = fewer, fewer.need()
+        return found, need
 
     def _refused(self, room: Room, need: Need) -> UserError:
         device = self.session.device

@@ -32,7 +32,7 @@ from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
-from shearling.verbs.keeping import Held, Keeping, has_checkpoint, tidied
+from shearling.verbs.keeping import Held, Keeping, has_checkpoint, micro_batches, tidied
 from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
 from shearling.verbs.sinks import Sinks
@@ -108,8 +108,9 @@ def _prune(
     for note in (*notes, *session.notes):
         log.info(note)
     if asked.method == "masks" and target != source.shape:
-        trained = Trained(source, session, asked, session.settings.steps, teaching, cut_axes(source.shape, target))
-        session = trained.within_memory()
+        (before,) = micro_batches(stage.partial) or (None,)
+        axes, steps = cut_axes(source.shape, target), session.settings.steps
+        session = Trained(source, session, asked, steps, teaching, axes, before).within_memory()
     source.check_finite()
     check_sums([store])
     if teaching:

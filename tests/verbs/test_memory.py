@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed import apart, killed_at
+from killed import apart, killed_at, losses, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shearling.data.store import Store
-from shearling.errors import UserError
+from shearling.errors import Stopped, UserError
 from shearling.ranks.ranks import Ranks
 from shearling.recipe import Heal, validated
 from shearling.record import read
@@ -175,6 +175,29 @@ def test_recorded_and_only_the_word_is_in_the_identity(tmp_path, model_folder, s
     assert said["micro_sequences"] == 4
     assert said["memory"]["total_bytes"] > 0
     assert '"micro_sequences": "auto"' in (out / IDENTITY_FILE).read_text()
+
+
+def test_an_automatic_micro_batch_stays_while_it_fits(
+    tmp_path, monkeypatch, model_folder, store_folder, ask_heal, trained
+) -> None:
+    """With another come other bits: here two windows fit with some to spare, and the run was begun with four."""
+    asked = ask_heal(micro_sequences="auto", batch_tokens=128, save_every=1)  # four windows
+    needs = {n: trained(micro_sequences=n, batch_tokens=128).need().on("cpu") for n in (4, 2)}
+    verb = partial(heal, str(model_folder), data=str(store_folder), asked=asked)
+
+    def with_room(nbytes: float, out: str, **options) -> Path:
+        monkeypatch.setattr(memory, "room_on", lambda device: Room(round(nbytes), "a test"))
+        return verb(out=str(tmp_path / out), **options).out
+
+    calm = with_room(10**9, "calm")
+    for out in ("same", "fewer"):
+        with pytest.raises(Stopped):
+            with_room(10**9, out, watch=killed_at(2, signal.SIGTERM))
+    same = with_room(needs[4] + 1, "same")
+    assert (weights(same), losses(same)) == (weights(calm), losses(calm))
+    fewer = with_room(needs[4] - 1, "fewer")
+    told = [event for event in read(fewer / "record.jsonl") if event["event"] == "micro_batch"]
+    assert [(event["before"], event["micro_sequences"]) for event in told] == [(4, 2)]
 
 
 @pytest.mark.parametrize("value", [0, "-2", "all", 1.5, True])
