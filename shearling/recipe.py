@@ -36,6 +36,11 @@ def parse_micro(value: object) -> int | str:
     return "auto" if value == "auto" else int(str(value))
 
 
+def parse_recomputed(value: object) -> object:
+    """Which activations are recomputed: by full all but the ends of blocks, of those by selective no products."""
+    return {"True": "full", "False": "none"}.get(str(value), value)
+
+
 def parse_shape(value: object) -> dict[str, int]:
     """A target shape: a mapping, or text as `--to` takes it. Raises UserError."""
     if isinstance(value, Mapping):
@@ -65,6 +70,7 @@ Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 Target = Annotated[dict[str, int], BeforeValidator(parse_shape)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 AtEnd = Literal["refuse", "stop", "redistribute", "repeat"]
+Recomputed = Annotated[Literal["none", "selective", "full"], BeforeValidator(parse_recomputed)]
 Count = Annotated[int, Field(gt=0)]
 Micro = Annotated[int | Literal["auto"], BeforeValidator(parse_micro)]
 
@@ -95,6 +101,7 @@ class Training(Section):
     workers: int = Field(default=1, ge=0)  # threads that read ahead
     eval_windows: int = Field(default=64, gt=0)  # held-out windows a domain
     eval_every: int | None = Field(default=None, ge=0)  # steps; left out: a tenth of the run
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # the latter keeps its moments in 8 bits
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
     warmup: float = Field(default=0.03, ge=0, lt=1)
     decay: float = Field(default=1.0, ge=0, le=1)
@@ -104,7 +111,7 @@ class Training(Section):
     dtype: Dtype | None = None  # of the result; left out: the source's
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputed = "none"
     replicate: int = Field(default=1, gt=0)  # of several ranks, the groups that each hold a whole model
     log_every: int | None = Field(default=None, gt=0)  # steps; left out: 1, on a GPU 10
     sinks: list[Literal["tensorboard", "wandb"]] = []  # where figures go beside the record
@@ -123,10 +130,18 @@ class Training(Section):
         if self.mixture.signal == "teacher_kl" and self.mixture.reference is not None:
             change = "leave the reference out: the KL is held against 0"
             raise UserError("mixture", found="a reference beside teacher_kl", expected="one of them", change=change)
+        if self.activation_checkpointing == "selective" and self.compile:  # which hides what is to be kept
+            found, change = "selective with compile", "take full, or leave compile out"
+            raise UserError("activation_checkpointing", found=found, expected="one of them", change=change)
         if self.teacher.hidden and self.compile:
             change = "leave one of them out"  # hooks set on a compiled model aren't run
             raise UserError("teacher.hidden", found="it with compile", expected="one of them", change=change)
         return self
+
+    @property
+    def bits(self) -> int:
+        """That the optimizer keeps each moment of a weight in."""
+        return 8 if self.optimizer == "adamw8bit" else 32
 
     def identity(self) -> dict[str, Any]:
         """What makes a stage with these settings this one: all but what changes nothing in the result."""

@@ -51,7 +51,10 @@ Sink = Annotated[
 ]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between figures; left out: 1, on a GPU 10.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
-Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
+Checkpointing = Annotated[
+    str, typer.Option(help="Recompute activations: full, selective (all but products and attention) or none.")
+]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, or adamw8bit: its moments in 8 bits (torchao).")]
 
 
 def those_given(**options: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from shearling.cli.options import (
     MixtureRule,
     MixtureSchedule,
     Model,
+    Optimizer,
     Out,
     Reference,
     Repeats,
@@ -294,7 +295,8 @@ def prune(
     dtype: Dtype = None,
     autocast: Autocast = "auto",
     compile: Compile = False,
-    activation_checkpointing: Checkpointing = False,
+    activation_checkpointing: Checkpointing = "none",
+    optimizer: Optimizer = None,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -306,6 +308,7 @@ def prune(
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     training |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
+    training |= those_given(optimizer=optimizer)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -364,7 +367,8 @@ def heal(
     dtype: Dtype = None,
     autocast: Autocast = "auto",
     compile: Compile = False,
-    activation_checkpointing: Checkpointing = False,
+    activation_checkpointing: Checkpointing = "none",
+    optimizer: Optimizer = None,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -375,6 +379,7 @@ def heal(
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     asked |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
+    asked |= those_given(optimizer=optimizer)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}

@@ -18,7 +18,7 @@ from shearling.ranks.rows import gathered
 from shearling.ranks.sharded import inside
 from shearling.train.halving import with_room
 from shearling.train.objective import Losses, Objective
-from shearling.train.optim import not_finite, step_unless
+from shearling.train.optim import not_finite, set_rates, step_unless
 from shearling.train.pace import Pace
 from shearling.train.step import Draw, Evaluate, Keep, Log, OnStep, Settings, State, Steering, Term
 from shearling.weights.pretend import whole_windows
@@ -71,8 +71,7 @@ def train(
         norm = gathered(torch.nn.utils.clip_grad_norm_(clipped, settings.clip_norm)).to(device)  # 0 if there are none
         left_out = not_finite(others, norm)
         share = settings.schedule(step, settings.steps)
-        for group in groups:
-            group["lr"] = group["peak_lr"] * share
+        set_rates(groups, share)
         step_unless(left_out, optimizers)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -7,14 +7,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from shearling.train.eight_bit import adamw_8bit
+
 BETAS = (0.9, 0.95)  # Sheared-LLaMA; no weight decay there either
 
 
-def adamw(params: Iterable[nn.Parameter], *, lr: float) -> Optimizer:
-    """AdamW on one group, without weight decay."""
+def adamw(params: Iterable[nn.Parameter], *, lr: float, bits: int = 32) -> Optimizer:
+    """AdamW on one group, without weight decay, its moments in so many bits: 32 or 8."""
     chosen = [p for p in params if p.requires_grad]
+    groups = [{"params": chosen, "peak_lr": lr}]
+    if bits == 8:
+        return adamw_8bit(groups, lr=lr, betas=BETAS)
     fused = chosen[0].device.type in ("cuda", "cpu")
-    return AdamW([{"params": chosen, "peak_lr": lr}], lr=lr, betas=BETAS, weight_decay=0.0, fused=fused)
+    return AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=fused)
+
+
+def set_rates(groups: Iterable[dict[str, Any]], share: float) -> None:
+    """Of each group that share of its peak rate."""
+    for group in groups:
+        lr = group["peak_lr"] * share
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
 def step_unless(left_out: Tensor, optimizers: Sequence[Optimizer]) -> None:

@@ -181,7 +181,7 @@ class Healing:
         else:
             before = saved.plain["losses"]
         first.prepare(model, self.asked, self.source.blocks())
-        held = Held(model, (adamw(model.parameters(), lr=first.lr),), {})
+        held = Held(model, (adamw(model.parameters(), lr=first.lr, bits=self.asked.bits),), {})
         keeping.take_up(held)
         states = keeping.states(first.device)
         for number in range(max(0, len(states) - 1), len(self.phases)):

@@ -26,6 +26,7 @@ from shearling.recipe import Training
 from shearling.record import Record, Unwritten, versions
 from shearling.stage import IDENTITY_FILE
 from shearling.train.checkpoint import STATE, Checkpoints, Saved, numbers
+from shearling.train.eight_bit import begun, parts
 from shearling.train.objective import Losses
 from shearling.train.step import State
 from shearling.verbs.sinks import Heard, Sinks
@@ -83,22 +84,25 @@ class Held:
         found: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
         found |= {f"{key}.{name}": p for key, module in self.modules.items() for name, p in module.named_parameters()}
         for name, (optimizer, parameter) in self._parameters().items():
-            found |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+            for key, value in optimizer.state.get(parameter, {}).items():
+                found |= parts(f"{name}.{key}", value)
         return found
 
     def nbytes(self, ranks: Ranks) -> int:
         """What this rank will have to save of it, AdamW's two moments included."""
-        parts = [Rows.of(tensor, ranks) for tensor in self.tensors().values()]
+        saved = [Rows.of(tensor, ranks) for tensor in self.tensors().values()]
         stepped = [Rows.of(p, ranks) for o in self.optimizers for g in o.param_groups for p in g["params"]]
         moments = [2 * part.local.nbytes for part in stepped if part.mine]
-        return sum(part.local.nbytes for part in parts if part.mine) + sum(moments)
+        return sum(part.local.nbytes for part in saved if part.mine) + sum(moments)
 
     def load(self, saved: Saved, ranks: Ranks) -> None:
         """Takes up all of them from where they were saved."""
         for name, (optimizer, parameter) in self._parameters().items():
             keys = [key.removeprefix(f"{name}.") for key in saved.pieces if key.startswith(f"{name}.")]
-            for key in keys:
-                optimizer.state[parameter][key] = self._empty(saved, f"{name}.{key}", parameter)
+            if keys:
+                fresh = begun(optimizer, parameter)
+                fresh = fresh or {key: self._empty(saved, f"{name}.{key}", parameter) for key in keys}
+                optimizer.state[parameter].update(fresh)
         saved.load(self.tensors(), ranks)
 
     def _empty(self, saved: Saved, name: str, parameter: Tensor) -> Tensor:

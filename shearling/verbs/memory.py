@@ -17,6 +17,7 @@ from shearling.errors import UserError
 from shearling.masks.attach import Attached
 from shearling.ranks.ranks import ALONE, Ranks
 from shearling.recipe import Training
+from shearling.train.eight_bit import moment_bytes
 from shearling.train.rehearsal import Ledger, pretending, rehearse
 from shearling.train.room import Room, room_on
 from shearling.verbs.balancing import balanced
@@ -141,13 +142,17 @@ class Trained:
                 apart=[teacher.base_model for teacher in apart],
             )
             weights, gathered = sum(p.nbytes for p in model.parameters()), self._gathered(model)
-        return self._summed(dict(ledger.peak), weights, gathered)
+            moments = [self._moment_bytes(p) for p in model.parameters() if p.requires_grad]
+        return self._summed(dict(ledger.peak), weights, MOMENTS * sum(moments), gathered)
 
-    def _summed(self, parts: dict[str, int], weights: int, gathered: int) -> Need:
+    def _moment_bytes(self, parameter: Tensor) -> int:
+        return moment_bytes(parameter.numel()) if self.asked.bits == 8 else parameter.nbytes
+
+    def _summed(self, parts: dict[str, int], weights: int, moments: int, gathered: int) -> Need:
         """With what is there throughout; or as it is while the optimizer steps, if more is there then."""
         gates = GATE_BYTES * sum(prod(shape) for shape in self._mask_shapes().values())
         trained = 0 if self.session.frozen else weights
-        lasting = {"weights": weights, "gradients": trained, "optimizer": MOMENTS * trained}
+        lasting = {"weights": weights, "gradients": trained, "optimizer": moments}
         stepping = {**lasting, "teacher_weights": parts.get("teacher_weights", 0), "masks": parts.get("masks", 0)}
         parts |= {"optimizer": lasting["optimizer"]}
         parts = max(parts, stepping, key=lambda found: sum(found.values()))
@@ -160,7 +165,7 @@ class Trained:
         parts |= {part: parts.get(part, 0) // shards for part in SHARED if part not in whole}
         parts |= {"gathered": gathered} if gathered else {}
         never = self.asked.save_every is not None and self.asked.save_every > self.steps
-        return Need(parts, 0 if never else (1 + MOMENTS) * trained // shards + gates)
+        return Need(parts, 0 if never else (trained + moments) // shards + gates)
 
     def _gathered(self, model: Any) -> int:
         """What of weights that are shared out is whole at a time, and of their gradients: all that is in no block, the
@@ -245,8 +250,10 @@ class Trained:
 
     def _others(self) -> "Iterator[tuple[str, Trained]]":
         """What else can be asked for so that less is needed, and what comes of it."""
-        if not self.asked.activation_checkpointing:
-            yield "--activation-checkpointing", self._asking(activation_checkpointing=True)
+        if self.asked.activation_checkpointing != "full":
+            yield "--activation-checkpointing full", self._asking(activation_checkpointing="full")
+        if self.asked.bits == 32 and not self.session.frozen and self.session.ranks.count == 1:
+            yield "--optimizer adamw8bit", self._asking(optimizer="adamw8bit")
         if self.session.settings.autocast is None:
             settings = replace(self.session.settings, autocast=torch.bfloat16)
             yield "--autocast bfloat16", replace(self, session=replace(self.session, settings=settings))

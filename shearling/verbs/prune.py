@@ -256,7 +256,7 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        weights = [] if session.frozen else [adamw(model.parameters(), lr=session.lr)]
+        weights = [] if session.frozen else [adamw(model.parameters(), lr=session.lr, bits=self.asked.bits)]
         optimizers = (*weights, *gates.optimizers())
         starts = nn.ParameterDict({axis: nn.Parameter(score, requires_grad=False) for axis, score in scores.items()})
         held = Held(model, optimizers, {"gates": gates, "scores": starts})

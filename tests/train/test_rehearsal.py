@@ -7,6 +7,7 @@ from small_models import small, small_of_any, tokens
 from shearling.axes.axis import MASKABLE, mask_shape
 from shearling.data.batch import Batch
 from shearling.masks.attach import Attached
+from shearling.train.checkpointing import checkpointing as recomputing
 from shearling.train.objective import NextToken
 from shearling.train.rehearsal import Ledger, _grouped, pretending, rehearse
 from shearling.weights.pretend import whole_windows, without_weights
@@ -72,6 +73,7 @@ def taken(model, made, *, masked: bool, autocast, accumulates: bool) -> dict[str
         (True, False, None, True),
         (True, True, torch.bfloat16, True),
         (False, True, None, False),
+        (True, "selective", torch.bfloat16, False),
     ],
 )
 def test_pretended_is_as_real(tmp_path, masked, checkpointing, autocast, accumulates) -> None:
@@ -81,7 +83,7 @@ def test_pretended_is_as_real(tmp_path, masked, checkpointing, autocast, accumul
     def of(model) -> dict[str, int]:
         if checkpointing:
             model.train()
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable(recomputing("full" if checkpointing is True else checkpointing))
         return taken(model, made, masked=masked, autocast=autocast, accumulates=accumulates)
 
     torch.manual_seed(0)

@@ -115,6 +115,16 @@ def copied(tmp_path, model_folder):
     return copy
 
 
+@pytest.fixture
+def wide(tmp_path, model_folder) -> Path:
+    """A model of 7 million parameters."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "wide"))
+    config = LlamaConfig.from_pretrained(folder)
+    config.update({"hidden_size": 256, "head_dim": 64, "intermediate_size": 4096, "num_hidden_layers": 2})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def target() -> dict[str, int]:
     return dict(TARGET)

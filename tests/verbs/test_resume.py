@@ -88,6 +88,17 @@ def test_fault_03_masks_and_multipliers(tmp_path, model_folder, store_folder, as
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
 
 
+def test_moments_in_8_bits(tmp_path, wide, store_folder, ask_heal):
+    """Of a model with tensors that are large enough for them."""
+    pytest.importorskip("torchao")
+    asked = ask_heal(steps=5, save_every=1, optimizer="adamw8bit")
+    verb = partial(heal, str(wide), data=str(store_folder), asked=asked)
+    assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
+    assert len(set(chained(verb, tmp_path / "killed", [2, 2]))) == 2
+    assert weights(tmp_path / "killed") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_fault_05_a_signal_lets_the_step_end_and_saves(tmp_path, cut, store_folder, ask_heal, number):
     verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6))
