@@ -112,6 +112,7 @@ class Training(Section):
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     compile: bool = False
     activation_checkpointing: Recomputed = "none"
+    offload: bool = False  # weights, gradients and moments lie in the computer's memory, the GPU has a block at a time
     replicate: int = Field(default=1, gt=0)  # of several ranks, the groups that each hold a whole model
     log_every: int | None = Field(default=None, gt=0)  # steps; left out: 1, on a GPU 10
     sinks: list[Literal["tensorboard", "wandb"]] = []  # where figures go beside the record
@@ -146,7 +147,7 @@ class Training(Section):
     def identity(self) -> dict[str, Any]:
         """What makes a stage with these settings this one: all but what changes nothing in the result."""
         kept = ("save_every", "keep_last", "keep_every")
-        same = dict.fromkeys(("workers", "replicate", "log_every", "sinks", *kept), True)
+        same = dict.fromkeys(("workers", "replicate", "offload", "log_every", "sinks", *kept), True)
         return self.model_dump(mode="json", exclude={**same, "teacher": {"cache"}})
 
 

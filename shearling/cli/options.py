@@ -54,6 +54,9 @@ Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with
 Checkpointing = Annotated[
     str, typer.Option(help="Recompute activations: full, selective (all but products and attention) or none.")
 ]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Keep weights, gradients and moments in the computer's memory, not the GPU's.")
+]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, or adamw8bit: its moments in 8 bits (torchao).")]
 
 

@@ -31,6 +31,7 @@ from shearling.cli.options import (
     MixtureRule,
     MixtureSchedule,
     Model,
+    Offload,
     Optimizer,
     Out,
     Reference,
@@ -297,6 +298,7 @@ def prune(
     compile: Compile = False,
     activation_checkpointing: Checkpointing = "none",
     optimizer: Optimizer = None,
+    offload: Offload = False,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -308,7 +310,7 @@ def prune(
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     training |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
-    training |= those_given(optimizer=optimizer)
+    training |= those_given(optimizer=optimizer, offload=offload)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -369,6 +371,7 @@ def heal(
     compile: Compile = False,
     activation_checkpointing: Checkpointing = "none",
     optimizer: Optimizer = None,
+    offload: Offload = False,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -379,7 +382,7 @@ def heal(
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     asked |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
-    asked |= those_given(optimizer=optimizer)
+    asked |= those_given(optimizer=optimizer, offload=offload)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}

@@ -21,6 +21,7 @@ from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.cut.experts import stacks
 from shearling.ranks.rows import gathered
+from shearling.ranks.sharded import device_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def measure(model: nn.Module, family: Family, *, config: Mapping[str, Any], batc
     rows = list(family.named(config))
     experts = list(stacks(model, rows))
     handles = [*_watch(model, family, rows, sizes, seen), *(stack.watch() for stack in experts)]
-    device = next(model.parameters()).device
+    device = device_of(model)
     try:
         for ids in batches:
             model(ids.to(device), use_cache=False)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from shearling.errors import UserError
 from shearling.loss.cross_entropy import token_losses
-from shearling.ranks.sharded import inside
+from shearling.ranks.sharded import device_of, inside
 
 LARGEST_EXPONENT = 709.0  # of a float64
 
@@ -113,7 +113,7 @@ def by_domain(figures: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
 @torch.no_grad()
 def held_out_sums(model: Any, batches: Iterable[Windows]) -> Sums:
     """One domain's sums over its windows, or over one rank's share of them."""
-    device, total = next(model.parameters()).device, Sums.none()
+    device, total = device_of(model), Sums.none()
     for windows in batches:
         total += window_sums(inside(model, token_losses, windows.ids.to(device)).cpu(), windows)
     return total

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shearling.errors import UserError
@@ -24,8 +24,9 @@ PATIENCE = timedelta(days=7)  # of what ranks agree on: one may be preparing the
 class Ranks:
     """This process, and how many there are. `group` carries what they have to agree on, by the CPU, and `saving` the
     same for a thread that writes beside it; over `mesh` tensors are sharded (and replicated, if it has two dims).
+    `offload`: what isn't used just now of what is sharded lies in the computer's memory.
 
-    One process is not a special case: it agrees with itself.
+    One process is not a special case: it agrees with itself, and it has a mesh if it offloads.
     """
 
     rank: int = 0
@@ -33,6 +34,7 @@ class Ranks:
     group: Any = None
     saving: Any = None
     mesh: DeviceMesh | None = None
+    offload: bool = False
 
     @property
     def first(self) -> bool:
@@ -93,25 +95,33 @@ class OnAnotherRank(RuntimeError):
 
 
 @contextmanager
-def joined(device: str, *, replicate: int = 1) -> Iterator[tuple[Ranks, str]]:
+def joined(device: str, *, replicate: int = 1, offload: bool = False) -> Iterator[tuple[Ranks, str]]:
     """This process among those that torchrun has started, and its device of the kind asked for; alone without torchrun.
 
-    `replicate` groups of ranks each hold a whole model, sharded among them. Raises UserError unless it divides them.
+    `replicate` groups of ranks each hold a whole model, sharded among them. Raises UserError unless it divides them, or
+    where there is nothing to `offload` from.
     """
+    if offload and not device.startswith("cuda"):
+        change = "leave offload out" + (": weights are in the computer's memory already" if device == "cpu" else "")
+        raise UserError("offload", found=f"device {device}", expected="cuda", change=change)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count % replicate:
         fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         change = f"one of {fitting}"
         raise UserError("--replicate", found=replicate, expected=f"a divisor of the {count} ranks", change=change)
-    if count == 1:
+    if count == 1 and not offload:
         yield ALONE, device
         return
     kind, own = device.partition(":")[0], not dist.is_initialized()
     if kind == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if count > 1 or ":" not in device:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
         torch.cuda.set_device(device)
     if own:
-        place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": count} if (store := _store()) else {}
+        place: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
+        if count > 1:
+            store = _store()
+            place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": count} if store else {}
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, **place)
     try:
         group, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
@@ -119,7 +129,7 @@ def joined(device: str, *, replicate: int = 1) -> Iterator[tuple[Ranks, str]]:
         if replicate > 1:
             shape, names = (replicate, count // replicate), ("replicate", "shard")
         mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
-        yield Ranks(dist.get_rank(), count, group, saving, mesh), device
+        yield Ranks(dist.get_rank(), count, group, saving, mesh, offload), device
     finally:
         if own:
             dist.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree
 
 from shearling.ranks.ranks import Ranks
@@ -62,20 +62,32 @@ def shard(
     """Gives a model on the meta device its weights, read by name on the first rank, of which each rank keeps its rows.
 
     One block is there whole at a time. Weights stay in the model's dtype; blocks compute in `compute`, their gradients
-    are reduced in float32.
+    are reduced in float32. Where ranks offload, the rows that they keep and their gradients lie in the computer's
+    memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
+    options: dict[str, Any] = {"mesh": ranks.mesh, "mp_policy": policy}
+    if ranks.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.startswith("cuda"))
     names = {id(p): name for name, p in model.named_parameters()}
     places = _places(model)
     for path in blocks:
         block = model.get_submodule(path)
         _fill(block.parameters(), names, places, read, ranks, device)
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(block, **options)
     _fill((p for p in model.parameters() if p.is_meta), names, places, read, ranks, device)
-    model.to(device)  # its buffers
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     root = Root(model)
-    fully_shard(root, mesh=ranks.mesh, mp_policy=policy)
+    fully_shard(root, **options)
     model.sharded_as = (root,)  # in a tuple, so that it isn't taken for a part of the model
+    model.computes_on = torch.device(device)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes, wherever its weights lie."""
+    return getattr(model, "computes_on", None) or next(model.parameters()).device
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

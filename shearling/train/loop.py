@@ -15,7 +15,7 @@ from shearling.data.batch import Batch
 from shearling.errors import UserError
 from shearling.ranks.ranks import ALONE, Ranks
 from shearling.ranks.rows import gathered
-from shearling.ranks.sharded import inside
+from shearling.ranks.sharded import device_of, inside
 from shearling.train.halving import with_room
 from shearling.train.objective import Losses, Objective
 from shearling.train.optim import not_finite, set_rates, step_unless
@@ -49,7 +49,7 @@ def train(
     up, so that all end in the same state. `flops_per_token` of training are for the record alone. Events
     logged: "step", "skipped", "held_out", "mixture", "data_ended", "micro_batch".
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     clipped = [p for group in groups if group.get("clip", True) for p in group["params"]]
     others = [p for group in groups if not group.get("clip", True) for p in group["params"]]

@@ -32,12 +32,12 @@ def set_rates(groups: Iterable[dict[str, Any]], share: float) -> None:
 def step_unless(left_out: Tensor, optimizers: Sequence[Optimizer]) -> None:
     """Steps all of them, or none where `left_out`, a float on their device, is 1.
 
-    Fused ones are told so by a tensor, as GradScaler does it, and nobody waits for the device.
+    Fused ones are told so by a tensor, as GradScaler does it, and nobody waits for a device that has the weights.
     """
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):
             told: Any = optimizer
-            told.grad_scale, told.found_inf = None, left_out
+            told.grad_scale, told.found_inf = None, left_out.to(optimizer.param_groups[0]["params"][0].device)
             optimizer.step()
         elif not bool(left_out):
             optimizer.step()

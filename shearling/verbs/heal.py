@@ -62,7 +62,7 @@ class PhasePlan:
 
 def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = None, watch: Watch = unwatched) -> Healed:
     """Trains `model` on `data` and leaves the result as a model folder at `out`; `arch` is its family's file."""
-    with joined(choose_device(asked.device), replicate=asked.replicate) as (ranks, device):
+    with joined(choose_device(asked.device), replicate=asked.replicate, offload=asked.offload) as (ranks, device):
         return _heal(model, data, Path(out), asked, arch, watch, ranks, device)
 
 

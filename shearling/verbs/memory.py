@@ -36,6 +36,7 @@ LASTING = ("weights", "optimizer", "teacher_weights", "masks")
 KEPT_BY_ALLOCATOR = 1 / 3
 # Of an entry of a mask, in fp32: its gate, that one's gradient and moments, its score and whether it is closed.
 GATE_BYTES = 6 * 4
+OFFLOADED = ("weights", "gradients", "optimizer")
 SHARED = ("weights", "gradients", "optimizer", "teacher_weights")  # among ranks
 
 
@@ -43,11 +44,12 @@ SHARED = ("weights", "gradients", "optimizer", "teacher_weights")  # among ranks
 class Need:
     """Bytes at the fullest moment of training, by part. `saving`: of copies beside it while a checkpoint is written.
 
-    Those lie in the computer's memory wherever the run is.
+    Those lie in the computer's memory wherever the run is, as does what is `offloaded`.
     """
 
     parts: Mapping[str, int]
     saving: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -60,6 +62,7 @@ class Need:
     def __str__(self) -> str:
         parts = [(part, nbytes) for part, nbytes in self.parts.items() if nbytes]
         parts += [("a copy while a checkpoint is written", self.saving)] if self.saving else []
+        parts += [("in the computer's memory", self.offloaded)] if self.offloaded else []
         return ", ".join(f"{in_gigabytes(nbytes)} {part.replace('_', ' ')}" for part, nbytes in parts)
 
 
@@ -106,10 +109,11 @@ class Trained:
         if room is not None and need.on(device) > room.nbytes:
             raise chosen._refused(room, need)
         host = self._room("cpu")
-        if device != "cpu" and host is not None and need.saving > host.nbytes:
-            raise self._cannot_save(host, need.saving)
+        if device != "cpu" and host is not None and need.saving + need.offloaded > host.nbytes:
+            raise self._no_room_beside(host, need)
         said = {f"{part}_bytes": nbytes for part, nbytes in need.parts.items()}
-        said |= {"total_bytes": need.total, "saving_bytes": need.saving, "free_bytes": room.nbytes if room else None}
+        said |= {"total_bytes": need.total, "saving_bytes": need.saving, "offloaded_bytes": need.offloaded}
+        said |= {"free_bytes": room.nbytes if room else None}
         log.info("memory: %s of %s", in_gigabytes(need.on(device)), in_gigabytes(room.nbytes) if room else "?")
         return replace(chosen.session, memory=said)
 
@@ -165,13 +169,17 @@ class Trained:
         parts |= {part: parts.get(part, 0) // shards for part in SHARED if part not in whole}
         parts |= {"gathered": gathered} if gathered else {}
         never = self.asked.save_every is not None and self.asked.save_every > self.steps
-        return Need(parts, 0 if never else (trained + moments) // shards + gates)
+        saving = 0 if never else (trained + moments) // shards + gates
+        if not self.session.ranks.offload:
+            return Need(parts, saving)
+        on_device = {part: nbytes for part, nbytes in parts.items() if part not in OFFLOADED}
+        return Need(on_device, saving, sum(lasting.values()) // shards)
 
     def _gathered(self, model: Any) -> int:
         """What of weights that are shared out is whole at a time, and of their gradients: all that is in no block, the
         largest block, and the next one's weights.
         """
-        if _shards(self.session.ranks) == 1:
+        if _shards(self.session.ranks) == 1 and not self.session.ranks.offload:
             return 0
         blocks = [sum(p.nbytes for p in model.get_submodule(path).parameters()) for path in self.source.blocks()]
         beside = sum(p.nbytes for p in model.parameters()) - sum(blocks)
@@ -252,6 +260,8 @@ class Trained:
         """What else can be asked for so that less is needed, and what comes of it."""
         if self.asked.activation_checkpointing != "full":
             yield "--activation-checkpointing full", self._asking(activation_checkpointing="full")
+        if self.session.device.startswith("cuda") and not self.session.ranks.offload:
+            yield "--offload", self._offloading()
         if self.asked.bits == 32 and not self.session.frozen and self.session.ranks.count == 1:
             yield "--optimizer adamw8bit", self._asking(optimizer="adamw8bit")
         if self.session.settings.autocast is None:
@@ -267,11 +277,16 @@ class Trained:
     def _asking(self, **options: Any) -> "Trained":
         return replace(self, asked=self.asked.model_copy(update=options))
 
-    def _cannot_save(self, host: Room, saving: int) -> UserError:
+    def _offloading(self) -> "Trained":
+        return replace(self, session=replace(self.session, ranks=replace(self.session.ranks, offload=True)))
+
+    def _no_room_beside(self, host: Room, need: Need) -> UserError:
+        whole = need.saving + need.offloaded
         return UserError(
-            "memory for checkpoints",
+            "memory for checkpoints" + (" and what is offloaded" if need.offloaded else ""),
             found=f"{in_gigabytes(host.nbytes)} ({host.nbytes} bytes) free, says {host.by}",
-            expected=f"{in_gigabytes(saving)} ({saving} bytes) for the copy that is written while the run goes on",
+            expected=f"{in_gigabytes(whole)} ({whole} bytes): {in_gigabytes(need.saving)} are the copy that is written "
+            "while the run goes on",
             change=f"free some, or leave checkpoints out: --save-every {self.steps + 1}",
         )
 

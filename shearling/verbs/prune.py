@@ -75,7 +75,7 @@ def prune(
 
     `arch` is the file of its family, where that has no table; the result's folder holds a copy.
     """
-    with joined(choose_device(asked.device), replicate=asked.replicate) as (ranks, device):
+    with joined(choose_device(asked.device), replicate=asked.replicate, offload=asked.offload) as (ranks, device):
         return _prune(model, data, Path(out), asked, arch, watch, ranks, device)
 
 

@@ -104,7 +104,7 @@ class Session:
             seq_len=seq_len,
             batch_sequences=sequences,
             micro_sequences=min(int(micro), sequences // ranks.count),
-            halves=auto and ranks.count == 1,
+            halves=auto and ranks.mesh is None,
             domains=store.domains,
             schedule=_schedule(asked),
             clip_norm=asked.clip_norm,

@@ -13,7 +13,7 @@ from shearling.loss.cross_entropy import token_losses
 from shearling.loss.held_out import Sums, Windows
 from shearling.masks.attach import Attached
 from shearling.ranks.ranks import Ranks
-from shearling.ranks.sharded import inside, shard
+from shearling.ranks.sharded import device_of, inside, shard
 from shearling.stage import Stage
 from shearling.verbs.source import Source
 from shearling.weights.model import empty_model, load_model
@@ -41,7 +41,7 @@ def load(
     source: Source, *, device: str, ranks: Ranks, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None
 ) -> Any:
     """A source's model, shared out if there are several ranks, which then compute in `compute`."""
-    if ranks.count == 1:
+    if ranks.mesh is None:
         return load_model(source.folder, dtype=dtype, device=device)
     model = empty_model(source.folder, dtype=dtype)
     _share(model, source, device, ranks, compute)
@@ -58,7 +58,7 @@ def load_under_masks(
     compute: torch.dtype | None = None,
 ) -> Attached:
     """The same with masks on it along `axes`."""
-    if ranks.count == 1:
+    if ranks.mesh is None:
         model = load_model(source.folder, dtype=dtype, device=device)
         return Attached(model, source.family, config=source.config, axes=axes)
     model = empty_model(source.folder, dtype=dtype)
@@ -88,7 +88,7 @@ class Evenly:
             yield from batches
             return
         mine = list(batches)
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         nothing = torch.zeros(1, self.length, dtype=torch.int64, device=device)
         most = self._largest(len(mine))
         yield from mine

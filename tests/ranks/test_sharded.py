@@ -1,5 +1,6 @@
 """Sharded over two ranks: the gradients of weights and masks are those of one process in float64."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from two_ranks import on_ranks
 
 from shearling.axes.axis import FOLLOWS, MASKABLE, mask_shape
 from shearling.data.batch import Batch
+from shearling.errors import UserError
 from shearling.masks.attach import Attached
 from shearling.ranks.ranks import ALONE, Ranks, joined
 from shearling.ranks.rows import gathered
@@ -50,8 +52,9 @@ def gradients(attached: Attached, masks: dict[str, Tensor], batch: Batch, ranks:
     return {name: gathered(grad).clone() for name, grad in named.items() if grad is not None}
 
 
-def on_one_rank(made: Small, folder: Path, checkpointing: bool) -> tuple[Gradients, int]:
+def on_one_rank(made: Small, folder: Path, checkpointing: bool, offload: bool) -> tuple[Gradients, int]:
     with joined("cpu") as (ranks, device):
+        ranks = replace(ranks, offload=offload)
         masks = masks_of(made)
         source = Source.open(str(folder))
         attached = load_under_masks(source, tuple(masks), device=device, ranks=ranks, compute=None)
@@ -68,11 +71,14 @@ def gathered_bytes(parameter: Tensor) -> int:
     return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [*((name, False) for name in MADE), ("qwen3", True)])
-def test_gradients_of_weights_and_masks(name: str, checkpointing: bool, tmp_path: Path) -> None:
+CASES = [*((name, False, False) for name in MADE), ("qwen3", True, False), ("qwen3", False, True)]
+
+
+@pytest.mark.parametrize(("name", "checkpointing", "offload"), CASES)
+def test_gradients_of_weights_and_masks(name: str, checkpointing: bool, offload: bool, tmp_path: Path) -> None:
     made = MADE[name]()
     made.model.save_pretrained(tmp_path)
-    (found, held), (other, _) = on_ranks(on_one_rank, made, tmp_path, checkpointing)
+    (found, held), (other, _) = on_ranks(on_one_rank, made, tmp_path, checkpointing, offload)
 
     made.model.double()
     masks = {axis: mask.detach().double().requires_grad_() for axis, mask in masks_of(made).items()}
@@ -86,3 +92,9 @@ def test_gradients_of_weights_and_masks(name: str, checkpointing: bool, tmp_path
         error = float((found[key] - gradient).abs().max()) / max(float(gradient.abs().max()), 1e-3 * largest)
         assert error < 1e-5, f"{key}: {error}"
     assert held < 0.6 * sum(parameter.numel() * 4 for parameter in made.model.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_offload_is_for_cuda(device: str) -> None:
+    with pytest.raises(UserError, match=f"offload: found device {device}; expected cuda"), joined(device, offload=True):
+        pass

@@ -97,6 +97,17 @@ def test_a_teacher_by_hand(trained, source) -> None:
     assert parts(trained(teacher=Options(share=0.5, weights="int8")))["teacher_weights"] == packed
 
 
+def test_what_is_offloaded_is_counted_apart(trained, source) -> None:
+    plain, weights = trained(micro_sequences=1).need(), 4 * source.parameters
+    whole = trained(micro_sequences=1)
+    found = replace(whole, session=replace(whole.session, ranks=Ranks(offload=True))).need()
+    assert found.offloaded == 4 * weights
+    assert not {"weights", "gradients", "optimizer"} & set(found.parts)
+    assert found.parts["activations"] == plain.parts["activations"]
+    assert 0 < found.parts["gathered"] < 3 * weights
+    assert "in the computer's memory" in str(found)
+
+
 def test_activations_grow_by_the_window_and_checkpointing_keeps_layers_ends(trained) -> None:
     one, two, four = (parts(trained(micro_sequences=n))["activations"] for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
