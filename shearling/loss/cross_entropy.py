@@ -20,7 +20,7 @@ def next_token_loss(model: Any, ids: Tensor) -> Tensor:
     return total / targets.numel()
 
 
-def head_losses(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def head_losses(model: Any, hidden: Tensor, targets: Tensor, *, compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Of what a model's head reads, [B, T, D], at targets int64 [B, T], those below 0 left out: the sum, to go backward
     from, and the nats of each, [B, T].
 
@@ -31,9 +31,8 @@ def head_losses(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Te
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     hidden, weight = read_by_head(model, hidden)
     cap = logit_cap(model)
-    total, losses, _ = blended_loss(
-        hidden.flatten(0, 1), weight, targets.flatten(), None, share=0.0, dtype=dtype, cap=cap
-    )
+    flat, ids = hidden.flatten(0, 1), targets.flatten()
+    total, losses, _ = blended_loss(flat, weight, ids, None, share=0.0, dtype=dtype, cap=cap, compiled=compiled)
     return total, losses.view_as(targets)
 
 

@@ -85,17 +85,19 @@ def blended_loss(
     share: float,
     dtype: torch.dtype | None = None,
     cap: float | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a student's hidden [N, D] and head weight [V, D]: the sum of (1 - share) CE + share KL, and CE, KL [N].
 
     Targets int64 [N]; where one is negative there is neither. Without a teacher KL is 0, and the share has to be too.
     Only the sum takes gradients, which are made with it:
     what is kept for backward are those of `hidden` and `weight`. Products are taken in `dtype`, else in `hidden`'s.
-    The student's logits x are cap tanh(x / cap) where there is a `cap`.
+    The student's logits x are cap tanh(x / cap) where there is a `cap`. `compiled`: what is done to them without a
+    teacher is one kernel or two, where it would be a pass over them for each operation.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         found: Any = _Blended.apply(
-            hidden, weight, targets, taught, share, dtype or hidden.dtype, cap, torch.is_grad_enabled()
+            hidden, weight, targets, taught, share, dtype or hidden.dtype, cap, compiled, torch.is_grad_enabled()
         )
     return found
 
@@ -118,6 +120,7 @@ class _Blended(torch.autograd.Function):
         share: float,
         dtype: torch.dtype,
         cap: float | None,
+        compiled: bool,
         wanted: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
@@ -129,16 +132,16 @@ class _Blended(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=wide) if to_weight else None
         for rows in chunks(len(hidden)):
             h, counts = hidden[rows].to(dtype), asked[rows].unsqueeze(-1).to(dtype)
-            log_q = logits_of(h, plain, cap)
-            slope = None if cap is None else 1 - (log_q / cap).square_()
-            log_q -= log_q.logsumexp(-1, keepdim=True)
-            ce[rows] = -log_q.gather(1, known[rows]).squeeze(-1)
             if taught is None:
-                grad = log_q.exp_()
+                ce[rows], grad = (torch.compile(_alone) if compiled else _alone)(h, plain, known[rows], cap)
             else:
+                log_q = logits_of(h, plain, cap)
+                slope = None if cap is None else 1 - (log_q / cap).square_()
+                log_q -= log_q.logsumexp(-1, keepdim=True)
+                ce[rows] = -log_q.gather(1, known[rows]).squeeze(-1)
                 kl[rows], grad = taught.against(rows, log_q, share=share)
-            grad = grad.scatter_add_(1, known[rows], grad.new_full((len(h), 1), share - 1))
-            grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
+                grad = grad.scatter_add_(1, known[rows], grad.new_full((len(h), 1), share - 1))
+                grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
             if dhidden is not None:
                 dhidden[rows] = ((grad @ plain) * counts).to(hidden.dtype)
             if dweight is not None:
@@ -152,7 +155,23 @@ class _Blended(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the weight's would be there twice, when memory is at its fullest. torch refuses a second pass.
         dhidden, dweight = (None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors)
-        return dhidden, dweight, None, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None, None, None
+
+
+def _alone(hidden: Tensor, weight: Tensor, known: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Of a chunk the cross-entropy [n] at ids [n, 1] and its gradient of the logits, [n, V] in the products' dtype."""
+    logits = logits_of(hidden, weight, cap)
+    slope = None if cap is None else 1 - (logits / cap).square_()
+    logits -= logits.amax(-1, keepdim=True)
+    there = logits.gather(1, known)
+    q = logits.exp_()  # the only one: it takes as long on a CPU as a product does
+    whole = q.sum(-1, keepdim=True)
+    q /= whole
+    at = there.exp() / whole - 1
+    if slope is not None:
+        q, at = q.mul_(slope), at * slope.gather(1, known)
+    grad = q.to(hidden.dtype).scatter_(1, known, at.to(hidden.dtype))
+    return (whole.log() - there).squeeze(-1), grad
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -71,13 +71,14 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the next token, for a store of so many domains."""
+    """Cross-entropy of the next token, for a store of so many domains. `compiled`: what is done to the logits."""
 
     domains: int
+    compiled: bool = False
 
     def __call__(self, model: Any, batch: Batch) -> Losses:
         hidden = hidden_states(model, batch.ids[:, :-1], position_ids=batch.position_ids)
-        total, losses = head_losses(model, hidden, batch.targets)
+        total, losses = head_losses(model, hidden, batch.targets, compiled=self.compiled)
         sums = {"loss": by_domain(losses, batch.domains, self.domains)}
         return Losses(total, sums, target_counts(batch, self.domains))
 

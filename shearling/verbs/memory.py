@@ -131,7 +131,7 @@ class Trained:
                     masks = {axis: torch.ones(shape, requires_grad=True) for axis, shape in self._mask_shapes().items()}
                     attached.set(masks, support=masks)
             session.prepare(model, self.asked.model_copy(update={"compile": False}), self.source.blocks())
-            objective, apart = session.objective(), []
+            objective, apart = replace(session, compiled=False).objective(), []
             if self.teaching:
                 teaching = self.teaching.running(lambda folder, **options: _teacher(folder, ledger, apart, **options))
                 objective = teaching.objective(session, under=attached)

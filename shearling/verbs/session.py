@@ -70,6 +70,7 @@ class Session:
     mixture: Mixture
     ranks: Ranks = ALONE
     frozen: bool = False  # the weights of what is trained
+    compiled: bool = False
     steering: Steered | None = None
     notes: tuple[str, ...] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)  # what a step is estimated to take
@@ -131,7 +132,7 @@ class Session:
         )
         often = max(min(steps // UPDATES, most_between_updates), _windows_apart(mixture, sequences))
         every = asked.mixture.every or max(1, min(often, steps // 2))
-        return replace(session, notes=session._end_notes(), steering=_unaimed(asked, every))
+        return replace(session, notes=session._end_notes(), compiled=asked.compile, steering=_unaimed(asked, every))
 
     def towards(self, references: Mapping[str, float] | None, said: str) -> "Session":
         """The same, its mixture steered towards `references`, or constant where there are none; `said` is why."""
@@ -162,7 +163,7 @@ class Session:
         return found
 
     def objective(self) -> Objective:
-        return NextToken(len(self.settings.domains))
+        return NextToken(len(self.settings.domains), compiled=self.compiled)
 
     def measure(self, model: Any) -> dict[str, Measured]:
         """Held-out figures by domain of a model as it is. Raises UserError where a loss isn't finite."""

@@ -1,5 +1,7 @@
 """The blend against the formula written out in float64, values and gradients; and what it keeps for backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,23 @@ def test_bf16_products_stay_near() -> None:
     teacher = dense(torch.bfloat16)
     p = teacher.logits(slice(None)).double().softmax(-1)
     assert_blend(teacher, p, 0.5, tolerance=0.02, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_compiled_is_the_same(cap: float | None, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(distillation, "CHUNK_TOKENS", 7)
+    found = []
+    for compiled in (False, True):
+        hidden, weight, targets = student()
+        total, ce, _ = blended_loss(hidden, weight, targets, None, share=0.0, dtype=dtype, cap=cap, compiled=compiled)
+        total.backward()
+        found.append((total, ce, hidden.grad, weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-5 if dtype is None else 1e-2, atol=1e-5 if dtype is None else 1e-2
+        )
 
 
 def test_float64_is_exact() -> None:
