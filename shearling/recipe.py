@@ -111,6 +111,7 @@ class Training(Section):
     dtype: Dtype | None = None  # of the result; left out: the source's
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     compile: bool = False
+    kernels: Literal["torch", "liger"] = "torch"
     activation_checkpointing: Recomputed = "none"
     offload: bool = False  # weights, gradients and moments lie in the computer's memory, the GPU has a block at a time
     replicate: int = Field(default=1, gt=0)  # of several ranks, the groups that each hold a whole model
@@ -163,6 +164,9 @@ class Prune(Training):
 
     @model_validator(mode="after")
     def _masks_are_learned(self) -> "Prune":
+        if self.kernels == "liger":
+            change = "leave kernels out; --compile fuses what they would"
+            raise UserError("kernels", found="liger with masks", expected="torch", change=change)
         if self.masks_only and self.method == "activation":
             change = "take --method masks, or leave masks_only out"
             raise UserError("masks_only", found="it with one-shot scores", expected="learned masks", change=change)

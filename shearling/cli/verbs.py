@@ -24,6 +24,7 @@ from shearling.cli.options import (
     Dtype,
     Every,
     Json,
+    Kernels,
     KlShare,
     LogEvery,
     Lr,
@@ -370,6 +371,7 @@ def heal(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = "none",
+    kernels: Kernels = None,
     optimizer: Optimizer = None,
     offload: Offload = False,
     micro_batch: MicroBatch = None,
@@ -382,7 +384,7 @@ def heal(
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     asked |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
-    asked |= those_given(optimizer=optimizer, offload=offload)
+    asked |= those_given(optimizer=optimizer, offload=offload, kernels=kernels)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}

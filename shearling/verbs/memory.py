@@ -130,7 +130,9 @@ class Trained:
                     attached = Attached(model, self.source.family, config=self.source.config, axes=self.axes)
                     masks = {axis: torch.ones(shape, requires_grad=True) for axis, shape in self._mask_shapes().items()}
                     attached.set(masks, support=masks)
-            session.prepare(model, self.asked.model_copy(update={"compile": False}), self.source.blocks())
+            session.prepare(
+                model, self.asked.model_copy(update={"compile": False, "kernels": "torch"}), self.source.blocks()
+            )
             objective, apart = replace(session, compiled=False).objective(), []
             if self.teaching:
                 teaching = self.teaching.running(lambda folder, **options: _teacher(folder, ledger, apart, **options))

@@ -26,6 +26,7 @@ from shearling.ranks.ranks import ALONE, Ranks
 from shearling.recipe import Training
 from shearling.train.checkpointing import checkpointing
 from shearling.train.eight_bit import check_8bit
+from shearling.train.liger import check_liger, use_liger
 from shearling.train.objective import NextToken, Objective
 from shearling.train.optim import default_lr
 from shearling.train.schedule import cosine, trapezoid
@@ -93,6 +94,8 @@ class Session:
         device = device or choose_device(asked.device)
         if asked.bits == 8:
             check_8bit(device, ranks.count)
+        if asked.kernels == "liger":
+            check_liger(device, str(source.config["model_type"]))
         seq_len = asked.seq_len or source.seq_len()
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
         batch_tokens = asked.batch_tokens or default_batch_tokens(source.parameters, tokens)
@@ -209,6 +212,8 @@ class Session:
 
     def prepare(self, model: Any, asked: Training, blocks: Iterable[str]) -> None:
         """Switches on what was asked for to save memory or time; blocks are compiled one by one."""
+        if asked.kernels == "liger":
+            use_liger(model)
         if asked.activation_checkpointing != "none":
             model.train()  # transformers checkpoints in training mode only; every dropout is 0
             model.activation_checkpointing_enable(checkpointing(asked.activation_checkpointing))
