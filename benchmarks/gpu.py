@@ -33,6 +33,7 @@ from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for the same bits, set before it starts
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -53,7 +54,9 @@ from shearling.ranks.ranks import ALONE
 from shearling.recipe import Data, Heal, Prune, validated
 from shearling.record import read, versions
 from shearling.train.checkpoint import Checkpoints
+from shearling.train.checkpointing import checkpointing
 from shearling.train.device import peak_flops
+from shearling.train.liger import use_liger
 from shearling.train.loop import train
 from shearling.train.objective import NextToken
 from shearling.train.optim import adamw
@@ -65,6 +68,7 @@ from shearling.verbs.prune import prune
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from killed import killed_at, losses, weights
+from trainer import STARTING, theirs
 
 BUDGET_SECONDS, NEVER = 600.0, 10**6
 Found = dict[str, Any]
@@ -115,7 +119,7 @@ class Size:
 
 
 SIZES = {
-    "135m": Size(576, 30, 9, 3, 1536, 49152, sequences=8, seq_len=2048),
+    "135m": Size(576, 30, 9, 3, 1536, 49152, sequences=16, seq_len=2048),
     "1b": Size(2048, 16, 32, 8, 8192, 128256, sequences=4, seq_len=2048),
 }
 TINY = Size(32, 2, 4, 2, 48, 300, sequences=2, seq_len=32)
@@ -128,14 +132,15 @@ class Bench:
     work: Path
     device: torch.device
     tiny: bool
+    brief: bool = False
 
     @property
     def stretch(self) -> int:
-        return 1 if self.tiny else 10
+        return 1 if self.tiny else 4 if self.brief else 10
 
     @property
     def rounds(self) -> int:
-        return 2 if self.tiny else 7
+        return 2 if self.tiny or self.brief else 7
 
     @property
     def backend(self) -> str:
@@ -145,18 +150,32 @@ class Bench:
         return TINY if self.tiny else SIZES[name]
 
 
+def made(bench: Bench, name: str) -> Any:
+    """A model of this size with random weights."""
+    config = {k: v for k, v in bench.size(name).config().items() if k not in ("model_type", "dtype")}
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config), dtype=torch.float32)
+
+
 class Steps:
     """The training loop over one model, plain or under masks, a stretch of steps at a time."""
 
-    def __init__(self, bench: Bench, name: str, *, masked: bool = False, compiled: bool = False, again: bool = False):
+    def __init__(
+        self,
+        bench: Bench,
+        name: str,
+        *,
+        masked: bool = False,
+        compiled: bool = False,
+        again: str = "",
+        liger: bool = False,
+    ):
         size, device = bench.size(name), bench.device
         config = size.config()
-        torch.manual_seed(0)
-        with torch.device(device):
-            made = AutoConfig.for_model(
-                "llama", **{k: v for k, v in config.items() if k not in ("model_type", "dtype")}
-            )
-            self.model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+        self.model: Any = made(bench, name).eval()
+        if liger:
+            use_liger(self.model)
         family = family_of(config)
         shape = shape_of(family, config)
         self.terms: list[Any] = []
@@ -169,7 +188,8 @@ class Steps:
             self.terms, gates = [LearnedMasks(attached, learned)], learned.optimizers()
         if again:
             self.model.train()
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable(checkpointing(again))
+        self.objective = NextToken(1, compiled=compiled)
         if compiled:
             torch._dynamo.reset()
             for layer in range(size.layers):
@@ -200,7 +220,7 @@ class Steps:
             settings=replace(self.settings, steps=self.state.step + steps, log_every=NEVER),
             state=self.state,
             draw=lambda at, weights: (self.batches[at % len(self.batches)], at + 1),
-            objective=NextToken(1),
+            objective=self.objective,
             optimizers=self.optimizers,
             terms=self.terms,
             log=lambda event, **fields: events.append({"event": event, **fields}),
@@ -220,8 +240,8 @@ def _start_peak(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def speed(bench: Bench, *, name: str, compiled: bool, again: bool) -> Found:
-    steps = Steps(bench, name, compiled=compiled, again=again)
+def speed(bench: Bench, *, name: str, **options: Any) -> Found:
+    steps = Steps(bench, name, **options)
     began = perf_counter()
     steps(2)
     found: Found = {"first_two_steps_seconds": perf_counter() - began}
@@ -249,6 +269,25 @@ def ratio(bench: Bench, *, name: str, compiled: bool) -> Found:
     low, middle, high = statistics.quantiles(times, n=4)
     memory = peaks["masked"] / peaks["plain"]
     return {"median": middle, "lower_quartile": low, "upper_quartile": high, "limit": 1.08, "peak_memory": memory}
+
+
+def trainer(bench: Bench, *, compiled: bool) -> Found:
+    """Tokens per second by those of Hugging Face's Trainer."""
+    size, rounds = bench.size("135m"), 2 if bench.tiny else 3
+    count = STARTING + bench.stretch
+    ids = np.random.default_rng(0).integers(0, size.vocab, (count * size.sequences, size.seq_len + 1))
+    options: Found = {"use_cpu": True} if bench.tiny else {"bf16": True}
+    if compiled:
+        options |= {"torch_compile": True, "torch_compile_backend": bench.backend}
+    same = {"steps": count, "micro": size.sequences, "gathered": 1, "log_every": NEVER}
+    ours = Steps(bench, "135m", compiled=compiled)
+    ours(STARTING)
+    ratios = []
+    for _ in range(rounds):
+        _free()
+        seconds = theirs(made(bench, "135m"), ids, bench.work, **same, **options)
+        ratios.append(seconds / ours(bench.stretch)["seconds_per_step"])
+    return {"over_trainer": statistics.median(ratios), "each": ratios}
 
 
 def waits(bench: Bench, *, masked: bool) -> Found:
@@ -351,20 +390,26 @@ def memory(bench: Bench) -> Found:
     masks = {"to": size.halved(), "method": "masks", "calibration_windows": 2}
     cases: dict[str, tuple[Any, type, Found]] = {
         "heal": (heal, Heal, {}),
-        "heal, checkpointing": (heal, Heal, {"activation_checkpointing": True}),
+        "heal, selective": (heal, Heal, {"activation_checkpointing": "selective"}),
+        "heal, full": (heal, Heal, {"activation_checkpointing": "full"}),
+        "heal, full, adamw8bit": (heal, Heal, {"activation_checkpointing": "full", "optimizer": "adamw8bit"}),
+        "heal, full, offload": (heal, Heal, {"activation_checkpointing": "full", "offload": True}),
         "heal, distilled": (heal, Heal, {"teacher": {"model": str(model), "share": 0.5}}),
         "prune, masks": (prune, Prune, masks),
+        "prune, masks only, full": (prune, Prune, {**masks, "masks_only": True, "activation_checkpointing": "full"}),
     }
-    for name, (verb, section, options) in list(cases.items())[-1 if bench.tiny else 0 :]:
+    for name, (verb, section, options) in list(cases.items())[-2 if bench.tiny else 0 :]:
         out = bench.work / "memory"
         shutil.rmtree(out, ignore_errors=True)
         _free()
         before = _start_peak(bench.device)
-        verb(str(model), data=str(store), out=str(out), asked=validated(section, asked_of(bench, size, **options)))
+        asked = validated(section, asked_of(bench, size, **options))
+        done = verb(str(model), data=str(store), out=str(out), asked=asked)
         events = read(out / "record.jsonl")
         estimate = next(e["memory"]["total_bytes"] for e in events if "memory" in e)
         took = max(e["memory_bytes"] for e in events if e["event"] == "step") - before
-        found[name] = {"estimate_bytes": estimate, "took_bytes": took}
+        loss = statistics.mean(done.losses.values())
+        found[name] = {"estimate_bytes": estimate, "took_bytes": took, "held_out_loss": loss}
         if bench.device.type == "cuda":  # on a CPU that is all of the process
             found[name]["estimate_by_took"] = estimate / took
     shutil.rmtree(bench.work / "memory", ignore_errors=True)
@@ -455,12 +500,18 @@ class Measurement:
 def measurements() -> list[Measurement]:
     """In the order in which they are worth having."""
     found = []
-    for name, again, compiled in itertools.product(SIZES, (False, True), (False, True)):
-        said = f"speed, {name}" + (", checkpointing" if again else "") + (", compiled" if compiled else "")
+    for name, again, compiled in itertools.product(SIZES, ("", "full"), (False, True)):
+        said = f"speed, {name}" + (f", {again} recomputation" if again else "") + (", compiled" if compiled else "")
         work = partial(speed, name=name, compiled=compiled, again=again)
-        found.append(Measurement(said, work, 45 if compiled else 20))
-    found.insert(2, Measurement("masked by plain, 135m", partial(ratio, name="135m", compiled=False), 30))
-    found.insert(3, Measurement("masked by plain, 135m, compiled", partial(ratio, name="135m", compiled=True), 80))
+        found.append(Measurement(said, work, 12))
+    found[2:2] = [
+        Measurement("masked by plain, 135m", partial(ratio, name="135m", compiled=False), 20),
+        Measurement("masked by plain, 135m, compiled", partial(ratio, name="135m", compiled=True), 30),
+        Measurement("by the Trainer, 135m", partial(trainer, compiled=False), 25),
+        Measurement("by the Trainer, 135m, compiled", partial(trainer, compiled=True), 40),
+        Measurement("speed, 135m, selective recomputation", partial(speed, name="135m", again="selective"), 12),
+        Measurement("speed, 135m, liger", partial(speed, name="135m", liger=True), 15, needs_cuda=True),
+    ]
     found += [
         Measurement("memory estimate", memory, 90),
         Measurement("same bits, deterministic", partial(bits, deterministic=True), 20),
@@ -510,6 +561,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS)
+    parser.add_argument("--brief", action="store_true", help="shorter stretches, to see that all of it works")
     parser.add_argument("--only", nargs="*", default=[], help="measurements whose names begin so")
     asked = parser.parse_args()
     began = monotonic()
@@ -517,7 +569,7 @@ def main() -> None:
         parser.error("no CUDA device here; --tiny runs on a CPU")
     device = torch.device("cpu" if asked.tiny else "cuda:0")
     asked.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(asked.work.resolve(), device, asked.tiny)
+    bench = Bench(asked.work.resolve(), device, asked.tiny, asked.brief)
     out = bench.work / "gpu.json" if asked.tiny else Path(__file__).with_suffix(".json")
     signal.signal(signal.SIGALRM, _out_of_time)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

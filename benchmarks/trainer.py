@@ -3,8 +3,8 @@
     python benchmarks/trainer.py WORK_FOLDER    prints, and writes benchmarks/trainer.json
 
 A random Llama heals on random tokens: AdamW (fused), a constant rate, clipping at 1, micro-batches gathered to a batch,
-a loss logged at each step, no evaluation and no saving. Interleaved pairs, the same number of steps each, after one of
-each that isn't counted. Windows come from memory for both.
+a loss logged at each step, no evaluation and no saving. Interleaved pairs, the same number of steps each, of which the
+first isn't counted. Windows come from memory for both.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from shearling.data.batch import Batch
 from shearling.mixture.weights import Mixture
@@ -29,7 +29,7 @@ from shearling.train.objective import NextToken
 from shearling.train.optim import adamw
 from shearling.train.step import Settings, State
 
-STEPS, PAIRS = 4, 7
+STEPS, STARTING, PAIRS = 5, 1, 7
 LENGTH, MICRO, GATHERED = 256, 2, 2
 SIZES = {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1024, "vocab_size": 16384}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True}
@@ -55,39 +55,60 @@ def model_of() -> Any:
     return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).train()
 
 
-def theirs(ids: np.ndarray, work: Path, options: dict[str, Any]) -> float:
-    """Tokens per second of the Trainer's."""
+class Clock(TrainerCallback):
+    """Seconds from the end of the step numbered `first` to the end of the last."""
+
+    def __init__(self, first: int):
+        self.first, self.began, self.ended = first, 0.0, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (self.first, state.max_steps):
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.began, self.ended = self.ended, perf_counter()
+
+
+def theirs(
+    model: Any,
+    ids: np.ndarray,
+    work: Path,
+    *,
+    steps: int,
+    micro: int,
+    gathered: int,
+    log_every: int = 1,
+    **options: Any,
+) -> float:
+    """Seconds of a step of the Trainer's, after the first STARTING of them."""
     arguments = TrainingArguments(
         output_dir=str(work / "trainer"),
-        max_steps=STEPS,
-        per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=GATHERED,
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=gathered,
         learning_rate=RATE,
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
-        logging_steps=1,
+        logging_steps=log_every,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
         disable_tqdm=True,
         dataloader_num_workers=0,
         **options,
     )
-    trainer = Trainer(model=model_of(), args=arguments, train_dataset=Windows(ids))
-    before = perf_counter()
-    trainer.train()
-    return STEPS * MICRO * GATHERED * LENGTH / (perf_counter() - before)
+    clock = Clock(STARTING)
+    Trainer(model=model, args=arguments, train_dataset=Windows(ids), callbacks=[clock]).train()
+    return (clock.ended - clock.began) / (steps - STARTING)
 
 
 def ours(ids: np.ndarray, work: Path, options: dict[str, Any]) -> float:
-    """Tokens per second of ours, its record written."""
+    """The same of ours, its record written."""
     model, sequences = model_of(), MICRO * GATHERED
     if "gradient_checkpointing" in options:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     (work / "record.jsonl").unlink(missing_ok=True)
-    record = Record(work / "record.jsonl")
+    record, ended = Record(work / "record.jsonl"), []
 
     def draw(at: int, weights: Any) -> tuple[Batch, int]:
         return Batch(torch.from_numpy(ids[at : at + sequences]), (0,) * sequences), at + sequences
@@ -101,7 +122,6 @@ def ours(ids: np.ndarray, work: Path, options: dict[str, Any]) -> float:
         schedule=lambda step, steps: 1.0,
         autocast=torch.bfloat16 if "bf16" in options else None,
     )
-    before = perf_counter()
     train(
         model,
         settings=settings,
@@ -110,16 +130,16 @@ def ours(ids: np.ndarray, work: Path, options: dict[str, Any]) -> float:
         objective=NextToken(1),
         optimizers=[adamw(model.parameters(), lr=RATE)],
         log=record.write,
+        on_step=lambda step, figures, excess: ended.append(perf_counter()),
     )
-    return STEPS * sequences * LENGTH / (perf_counter() - before)
+    return (ended[-1] - ended[STARTING - 1]) / (STEPS - STARTING)
 
 
 def pairs(ids: np.ndarray, work: Path, options: dict[str, Any]) -> Iterator[float]:
-    """Ours by theirs."""
-    for number in range(PAIRS + 1):
-        ratio = ours(ids, work, options) / theirs(ids, work, options)
-        if number:  # the first warms up
-            yield ratio
+    """Ours by theirs, in tokens per second."""
+    same = {"steps": STEPS, "micro": MICRO, "gathered": GATHERED, "use_cpu": True}
+    for _ in range(PAIRS):
+        yield theirs(model_of(), ids, work, **same, **options) / ours(ids, work, options)
 
 
 def main(work: Path) -> None:

@@ -57,7 +57,7 @@ Checkpointing = Annotated[
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep weights, gradients and moments in the computer's memory, not the GPU's.")
 ]
-Kernels = Annotated[str | None, typer.Option(help="torch, or liger: its norms, activations and rotary positions.")]
+Kernels = Annotated[str | None, typer.Option(help="torch, or liger: its norms and activations, on a GPU.")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, or adamw8bit: its moments in 8 bits (torchao).")]
 
 

@@ -1,8 +1,9 @@
-"""Liger's kernels in place of transformers' own norms, activations and rotary positions, on CUDA (arXiv 2410.10989).
+"""Liger's kernels in place of transformers' own norms and activations, on CUDA (arXiv 2410.10989).
 
 Its loss isn't taken: ours forms the gradients at once too, and knows of teachers and of documents left out.
 """
 
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,9 +26,17 @@ def check_liger(device: str, model_type: str) -> None:
 
 
 def use_liger(model: Any) -> None:
-    """Gives a model its kernels. Rotary positions of all models of its type in this process get them too."""
+    """Gives a model its norms and activations.
+
+    Liger also puts its own into transformers' modules, for whatever is loaded after. That is undone: there they would
+    run in a rehearsal too, on tensors without storage, which takes a GPU down.
+    """
     from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
         _apply_liger_kernel_to_instance as apply,
     )
 
-    apply(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    found = [vars(module) for name, module in sys.modules.items() if name.startswith("transformers.")]
+    before = [dict(names) for names in found]
+    apply(model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+    for names, values in zip(found, before, strict=True):
+        names.update(values)

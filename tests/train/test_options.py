@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from small_models import small
 from torch import nn
 
 from shearling.errors import UserError
 from shearling.recipe import Prune, validated
 from shearling.train import eight_bit, liger
 from shearling.train.eight_bit import begun, check_8bit, moment_bytes, parts
-from shearling.train.liger import check_liger
+from shearling.train.liger import check_liger, use_liger
 from shearling.train.optim import adamw, set_rates
 
 
@@ -57,3 +58,15 @@ def test_liger_needs_cuda_itself_and_no_masks(monkeypatch) -> None:
         check_liger("cuda", "llama")
     with pytest.raises(UserError, match="kernels: found liger with masks; expected torch"):
         validated(Prune, {"to": "hidden_size=8", "kernels": "liger"})
+
+
+def test_liger_changes_one_model_and_no_other() -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    from transformers.models.llama import modeling_llama
+
+    before, model = dict(vars(modeling_llama)), small("llama").model
+    use_liger(model)
+    assert dict(vars(modeling_llama)) == before
+    assert "Liger" in repr(model.model.norm.forward.__func__)
+    assert "Liger" not in repr(small("llama").model.model.norm.forward.__func__)
