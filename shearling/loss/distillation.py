@@ -129,7 +129,7 @@ class _Blended(torch.autograd.Function):
         ce, kl = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
         to_hidden, to_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if to_hidden else None
-        dweight = torch.zeros_like(weight, dtype=wide) if to_weight else None
+        dweight: Tensor | None = None
         for rows in chunks(len(hidden)):
             h, counts = hidden[rows].to(dtype), asked[rows].unsqueeze(-1).to(dtype)
             if taught is None:
@@ -144,8 +144,8 @@ class _Blended(torch.autograd.Function):
                 grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
             if dhidden is not None:
                 dhidden[rows] = ((grad @ plain) * counts).to(hidden.dtype)
-            if dweight is not None:
-                _add_product(dweight, grad.T, h * counts)
+            if to_weight:
+                dweight = _with_product(dweight, grad.T, h * counts, wide)
         ce, kl = ce * asked, kl * asked
         ctx.mark_non_differentiable(ce, kl)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
@@ -170,12 +170,13 @@ def _alone(hidden: Tensor, weight: Tensor, known: Tensor, cap: float | None) -> 
     at = there.exp() / whole - 1
     if slope is not None:
         q, at = q.mul_(slope), at * slope.gather(1, known)
-    grad = q.to(hidden.dtype).scatter_(1, known, at.to(hidden.dtype))
+    grad = q.to(hidden.dtype)
+    grad[torch.arange(len(grad), device=grad.device), known.squeeze(-1)] = at.squeeze(-1).to(grad.dtype)
     return (whole.log() - there).squeeze(-1), grad
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _with_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The total and a @ b, in its place, in `dtype`."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
