@@ -101,6 +101,7 @@ class Training(Section):
     workers: int = Field(default=1, ge=0)  # threads that read ahead
     eval_windows: int = Field(default=64, gt=0)  # held-out windows a domain
     eval_every: int | None = Field(default=None, ge=0)  # steps; left out: a tenth of the run
+    lora_rank: Count | None = None  # of adapters that learn in place of weights, which stay as they are in bfloat16
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # the latter keeps its moments in 8 bits
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -141,6 +142,11 @@ class Training(Section):
         return self
 
     @property
+    def frozen(self) -> bool:
+        """Whether weights stay as they are."""
+        return self.lora_rank is not None
+
+    @property
     def bits(self) -> int:
         """That the optimizer keeps each moment of a weight in."""
         return 8 if self.optimizer == "adamw8bit" else 32
@@ -167,10 +173,18 @@ class Prune(Training):
         if self.kernels == "liger":
             change = "leave kernels out; --compile fuses what they would"
             raise UserError("kernels", found="liger with masks", expected="torch", change=change)
-        if self.masks_only and self.method == "activation":
-            change = "take --method masks, or leave masks_only out"
-            raise UserError("masks_only", found="it with one-shot scores", expected="learned masks", change=change)
+        if self.frozen and self.method == "activation":
+            what = "masks_only" if self.masks_only else "lora_rank"
+            change = f"take --method masks, or leave {what} out"
+            raise UserError(what, found="it with one-shot scores", expected="learned masks", change=change)
+        if self.masks_only and self.lora_rank:
+            change = "leave one of them out"
+            raise UserError("lora_rank", found="it with masks_only", expected="one of them", change=change)
         return self
+
+    @property
+    def frozen(self) -> bool:
+        return self.masks_only or self.lora_rank is not None
 
 
 class Phase(Section):

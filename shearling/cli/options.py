@@ -58,6 +58,7 @@ Offload = Annotated[
     bool, typer.Option("--offload", help="Keep weights, gradients and moments in the computer's memory, not the GPU's.")
 ]
 Kernels = Annotated[str | None, typer.Option(help="torch, or liger: its norms and activations, on a GPU.")]
+LoraRank = Annotated[int | None, typer.Option(help="Adapters of this rank learn; weights stay as they are (PEFT).")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, or adamw8bit: its moments in 8 bits (torchao).")]
 
 

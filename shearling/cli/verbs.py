@@ -27,6 +27,7 @@ from shearling.cli.options import (
     Kernels,
     KlShare,
     LogEvery,
+    LoraRank,
     Lr,
     MicroBatch,
     MixtureRule,
@@ -298,6 +299,7 @@ def prune(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = "none",
+    lora_rank: LoraRank = None,
     optimizer: Optimizer = None,
     offload: Offload = False,
     micro_batch: MicroBatch = None,
@@ -311,7 +313,7 @@ def prune(
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     training |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
-    training |= those_given(optimizer=optimizer, offload=offload)
+    training |= those_given(lora_rank=lora_rank, optimizer=optimizer, offload=offload)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -372,6 +374,7 @@ def heal(
     compile: Compile = False,
     activation_checkpointing: Checkpointing = "none",
     kernels: Kernels = None,
+    lora_rank: LoraRank = None,
     optimizer: Optimizer = None,
     offload: Offload = False,
     micro_batch: MicroBatch = None,
@@ -384,7 +387,7 @@ def heal(
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     asked |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
-    asked |= those_given(optimizer=optimizer, offload=offload, kernels=kernels)
+    asked |= those_given(lora_rank=lora_rank, optimizer=optimizer, offload=offload, kernels=kernels)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}

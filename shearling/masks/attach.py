@@ -15,7 +15,7 @@ from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.masks.experts import MaskedExperts, MaskedRouter
-from shearling.masks.folded import Centre, MaskedEmbedding, MaskedLinear, MaskedNorm
+from shearling.masks.folded import Centre, MaskedAdapter, MaskedEmbedding, MaskedLinear, MaskedNorm
 
 Masks = Mapping[str, Tensor]  # by axis, [*within, size]
 
@@ -121,13 +121,15 @@ class Attached:
         elif row.stacked:
             masked = self._experts(plain, row, found, layer)
         else:
+            linear: Any = getattr(plain, "base_layer", plain)
             masked = MaskedLinear(
-                plain,
+                linear,
                 self._vector(row, found, cast(int, row.output), layer),
                 self._vector(row, found, cast(int, row.input), layer),
                 centre=self._centre(row, found, layer),
                 transposed=row.output == 1,
             )
+            masked = masked if linear is plain else MaskedAdapter(plain, masked)
         setattr(parent, name, masked)
         self._undo.append((parent, name, restore))
 

@@ -122,7 +122,7 @@ class Trained:
         settings, device, session = self.session.settings, self.session.device, replace(self.session, ranks=ALONE)
         with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
             model, ledger = without_weights(self.source.folder, dtype=session.dtype), Ledger(device)
-            model.requires_grad_(not session.frozen)
+            session.freeze(model, self.source)
             ledger.hold(model.parameters(), "weights")
             attached = None
             if self.axes:
@@ -148,16 +148,16 @@ class Trained:
                 apart=[teacher.base_model for teacher in apart],
             )
             weights, gathered = sum(p.nbytes for p in model.parameters()), self._gathered(model)
-            moments = [self._moment_bytes(p) for p in model.parameters() if p.requires_grad]
-        return self._summed(dict(ledger.peak), weights, MOMENTS * sum(moments), gathered)
+            learning = [p for p in model.parameters() if p.requires_grad]
+            trained, moments = sum(p.nbytes for p in learning), sum(map(self._moment_bytes, learning))
+        return self._summed(dict(ledger.peak), weights, trained, MOMENTS * moments, gathered)
 
     def _moment_bytes(self, parameter: Tensor) -> int:
         return moment_bytes(parameter.numel()) if self.asked.bits == 8 else parameter.nbytes
 
-    def _summed(self, parts: dict[str, int], weights: int, moments: int, gathered: int) -> Need:
+    def _summed(self, parts: dict[str, int], weights: int, trained: int, moments: int, gathered: int) -> Need:
         """With what is there throughout; or as it is while the optimizer steps, if more is there then."""
         gates = GATE_BYTES * sum(prod(shape) for shape in self._mask_shapes().values())
-        trained = 0 if self.session.frozen else weights
         lasting = {"weights": weights, "gradients": trained, "optimizer": moments}
         stepping = {**lasting, "teacher_weights": parts.get("teacher_weights", 0), "masks": parts.get("masks", 0)}
         parts |= {"optimizer": lasting["optimizer"]}

@@ -29,6 +29,7 @@ from shearling.recipe import Prune
 from shearling.record import versions
 from shearling.stage import Stage
 from shearling.train.loop import train
+from shearling.train.lora import merging
 from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
@@ -95,7 +96,6 @@ def _prune(
         ranks=ranks,
     )
     references = given(asked.mixture, session)
-    session = replace(session, frozen=asked.masks_only)
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
@@ -128,8 +128,8 @@ def open_target(model: str, asked: Prune, *, arch: str | None = None) -> tuple[S
 
 def _choose(asked: Prune, steps: int) -> tuple[Prune, str]:
     """Masks or one-shot scores, by the budget, and why."""
-    if asked.masks_only:
-        return asked.model_copy(update={"method": "masks"}), "method masks: nothing else is to be learned"
+    if asked.frozen:
+        return asked.model_copy(update={"method": "masks"}), "method masks: weights stay as they are"
     method, reason = ("masks", "at least") if steps >= MASKS_FROM_STEPS else ("activation", "fewer than")
     note = f"method {method}: the budget is {steps} steps, {reason} {MASKS_FROM_STEPS} (--method chooses otherwise)"
     return asked.model_copy(update={"method": method}), note
@@ -243,8 +243,9 @@ class Pruning:
             ranks=ranks,
             dtype=session.dtype,
             compute=session.settings.autocast,
+            first=lambda model: session.freeze(model, source),
         )
-        model: Any = attached.model.requires_grad_(not session.frozen)
+        model: Any = attached.model
         over_ranks = (lambda gradient: ranks.add_up(gradient) / ranks.count) if ranks.count > 1 else None
         term = LearnedMasks(attached, gates, over_ranks=over_ranks)
         distilled = self.teaching.objective(session, under=attached) if self.teaching else None
@@ -256,7 +257,8 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        weights = [] if session.frozen else [adamw(model.parameters(), lr=session.lr, bits=self.asked.bits)]
+        learns = not session.frozen or session.lora_rank
+        weights = [adamw(model.parameters(), lr=session.lr, bits=self.asked.bits)] if learns else []
         optimizers = (*weights, *gates.optimizers())
         starts = nn.ParameterDict({axis: nn.Parameter(score, requires_grad=False) for axis, score in scores.items()})
         held = Held(model, optimizers, {"gates": gates, "scores": starts})
@@ -290,7 +292,11 @@ class Pruning:
         record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         cut = Cut(source.family, source.config, self.target, kept, masks=masks)
-        return cut, misses, state.tokens, source.read if session.frozen else source.reader(model)
+        return cut, misses, state.tokens, self.read(model)
+
+    def read(self, model: Any) -> Reader:
+        """The weights to cut: those learned, or the source's, with what adapters add."""
+        return merging(self.source.read, model) if self.session.frozen else self.source.reader(model)
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
         """What shearling.json says of the result."""

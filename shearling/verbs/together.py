@@ -1,6 +1,6 @@
 """What a verb does with several processes: one of them owns the stage, all of them share the models."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +56,15 @@ def load_under_masks(
     ranks: Ranks,
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
+    first: Callable[[Any], None] = lambda model: None,
 ) -> Attached:
-    """The same with masks on it along `axes`."""
+    """The same with masks on it along `axes`, once `first` has been done to it."""
     if ranks.mesh is None:
         model = load_model(source.folder, dtype=dtype, device=device)
+        first(model)
         return Attached(model, source.family, config=source.config, axes=axes)
     model = empty_model(source.folder, dtype=dtype)
+    first(model)
     attached = Attached(model, source.family, config=source.config, axes=axes, device=torch.device(device))
     _share(model, source, device, ranks, compute)
     return attached

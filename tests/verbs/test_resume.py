@@ -77,6 +77,7 @@ def test_fault_01_04_healing_with_everything_on(tmp_path, cut, store_folder, ask
         {"masks": {"relaxation": "soft_topk"}},
         {"masks": {"relaxation": "hard_concrete"}},
         {"masks_only": True},
+        {"lora_rank": 2},
     ],
 )
 def test_fault_03_masks_and_multipliers(tmp_path, model_folder, store_folder, ask_prune, options):

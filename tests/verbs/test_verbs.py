@@ -284,3 +284,40 @@ def test_a_small_budget_is_cut_by_scores_and_says_so(tmp_path, model_folder, sto
     result = prune(str(model_folder), data=str(store_folder), out=str(tmp_path / "cut"), asked=ask_prune())
     assert json.loads((result.out / "shearling.json").read_text())["method"] == "activation"
     assert any(note.startswith("method activation: the budget is 4 steps") for note in result.notes)
+
+
+def test_adapters_heal_over_frozen_weights(tmp_path, pruned, store_folder, ask_heal):
+    """What is saved are the source's weights and what adapters add, of their rank; checkpoints hold adapters alone."""
+    pytest.importorskip("peft")
+    cut, out = pruned["activation"].out, tmp_path / "healed"
+    asked = ask_heal(steps=20, lora_rank=2, lr=2e-2, save_every=10, keep_every=10)
+    healed = heal(str(cut), data=str(store_folder), out=str(out), asked=asked)
+    assert sum(healed.losses.values()) < sum(healed.losses_before.values()) - 0.1
+    before, after = weights(cut), weights(out)
+    linears = {name for name in before if "_proj" in name}
+    for name, weight in before.items():
+        added = after[name].double() - weight.double()
+        rank = int(torch.linalg.matrix_rank(added, atol=1e-5)) if name in linears else int(added.any())
+        assert rank <= (2 if name in linears else 0)
+    assert any(not torch.equal(after[name], before[name]) for name in linears)
+    saved = load_file(out / "checkpoints" / "step-10" / "rank-0" / "model.safetensors")
+    assert {".lora_" in name for name in saved if name.startswith("model.")} == {True}
+    memory = read(out / "record.jsonl")[0]["memory"]
+    parameters = sum(weight.numel() for weight in before.values())
+    assert memory["weights_bytes"] == 2 * parameters + memory["gradients_bytes"]
+    assert memory["optimizer_bytes"] == 2 * memory["gradients_bytes"]
+
+
+def test_adapters_and_masks_learn_together(tmp_path, model_folder, store_folder, ask_prune):
+    pytest.importorskip("peft")
+    out = tmp_path / "cut"
+    cut = prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(lora_rank=2, steps=8))
+    masked = next(e for e in read(out / "record.jsonl") if e.get("of") == "masked")
+    # Masked, weights are in bfloat16; the cut's are the source's own.
+    assert cut.losses == pytest.approx(masked["losses"], rel=0.01)
+    kept = json.loads((out / "shearling.json").read_text())["kept"]
+    layer, hidden = kept["layer"][0]["kept"][0], kept["hidden"][0]["kept"]
+    (neurons,) = (torch.tensor(choice["kept"]) for choice in kept["intermediate"] if choice["within"] == [layer])
+    before, after = weights(model_folder), weights(out)
+    gate = "model.layers.{}.mlp.gate_proj.weight".format
+    assert not torch.equal(after[gate(0)], before[gate(layer)][neurons][:, hidden])
