@@ -48,8 +48,8 @@ def adapt(model: Any, family: Family, config: Mapping[str, Any], *, rank: int, s
         names = [row.at(layer).removeprefix(path).removesuffix(".weight") for row in rows]
         turned = any(row.output == 1 for row in rows)  # as Conv1D stores them
         options = LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=names, bias="none", fan_in_fan_out=turned)
-        # A block at a time: told of a whole model, PEFT would mean its stacks of experts too. Apart from a rehearsal, in
-        # which modules can't be cast.
+        # A block at a time: told of a whole model, PEFT would mean its stacks of experts too. Apart from a rehearsal,
+        # where modules can't be cast.
         with unset_fake_temporarily():
             inject_adapter_in_model(options, block, NAME, low_cpu_mem_usage=True)
         for name in names:

@@ -1,0 +1,106 @@
+"""What healing takes with each option that saves memory, and the loss after equal steps.
+
+    python benchmarks/options.py MODEL TEXT_FOLDER WORK_FOLDER    prints, and writes benchmarks/options.json
+
+MODEL is SmolLM2-135M, cut by activations; its cut heals for STEPS steps with each option, in a process of its own, on a
+CPU. Held-out loss, at the best of three rates where an option changes what is learned; and the peak of anonymous memory,
+sampled, above what the imports take. No checkpoints. CPU offload needs a GPU: benchmarks/gpu.py.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from masks_only import DOMAINS, SMALL, anonymous_bytes
+
+from shearling.recipe import Data, Heal, Prune, validated
+from shearling.record import read, versions
+from shearling.verbs.data import make_store
+from shearling.verbs.heal import heal
+from shearling.verbs.prune import prune
+
+STEPS = 24
+TRAINING = {"seq_len": 256, "batch_tokens": 1024, "micro_sequences": 2, "eval_windows": 8, "eval_every": 0}
+RATES = (2.5e-4, 5e-4, 1e-3)
+LORA_RATES = (1e-3, 3e-3, 1e-2)
+PLAIN = "AdamW"
+ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    PLAIN: ({}, RATES),
+    "AdamW, 8 bits": ({"optimizer": "adamw8bit"}, RATES),
+    "LoRA, rank 16": ({"lora_rank": 16}, LORA_RATES),
+    "LoRA, rank 128": ({"lora_rank": 128}, LORA_RATES),
+    "recomputing, selective": ({"activation_checkpointing": "selective"}, ()),
+    "recomputing, full": ({"activation_checkpointing": "full"}, ()),
+    "teacher": ({"teacher": {"share": 0.5}}, ()),
+    "teacher, 8 bits": ({"teacher": {"share": 0.5, "weights": "int8"}}, ()),
+}
+
+
+def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """One healing, in this process."""
+    section = validated(Heal, {**asked, "device": "cpu", "save_every": STEPS + 1})
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = heal(model, data=store, out=out, asked=section)
+    done.set()
+    watcher.join()
+    losses = list(found.losses.values())
+    memory = next(event["memory"] for event in read(Path(out) / "record.jsonl") if "memory" in event)
+    taken = {"above_imports_bytes": peak - before, "estimated_bytes": memory["total_bytes"]}
+    return {"loss": sum(losses) / len(losses), **taken, "flops": found.flops}
+
+
+def apart(model: str, store: str, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The same in a process of its own, done once."""
+    said = out.with_suffix(".json")
+    if not said.exists():
+        words = [sys.executable, __file__, "--one", model, store, str(out), json.dumps(asked)]
+        said.write_text(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return json.loads(said.read_text())
+
+
+def main(model: str, texts: Path, work: Path) -> None:
+    corpus, store, cut = work / "corpus", str(work / "store"), work / "cut"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for domain in DOMAINS:
+        if not (corpus / domain).exists():
+            (corpus / domain).symlink_to(texts.resolve() / domain)
+    make_store(validated(Data, {"inputs": [str(corpus)]}), tokenizer=model, out=store)
+    to = {**SMALL, "intermediate_size": 1024}
+    asked = {**TRAINING, "steps": STEPS, "to": to, "method": "activation", "calibration_windows": 64, "device": "cpu"}
+    pruned = prune(model, data=store, out=str(cut), asked=validated(Prune, asked))
+    found: dict[str, Any] = {}
+    best = RATES[1]
+    for name, (options, rates) in ARMS.items():
+        tried = {}
+        for rate in rates or (best,):
+            out = work / f"{name.replace(', ', '-').replace(' ', '-')}-{rate}"
+            tried[rate] = apart(str(cut), store, out, {**TRAINING, "steps": STEPS, "lr": rate, **options})
+            print(name, rate, tried[rate], flush=True)
+        chosen = min(tried, key=lambda rate: tried[rate]["loss"])
+        best = chosen if name == PLAIN else best
+        found[name] = {"rate": chosen, **tried[chosen], "tried": {str(r): each["loss"] for r, each in tried.items()}}
+    before = sum(pruned.losses.values()) / len(pruned.losses)
+    result = {"cut_loss": before, "parameters": pruned.parameters, "found": found, "steps": STEPS}
+    result |= {"threads": torch.get_num_threads(), "versions": versions()}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--one":
+        time.sleep(1)  # for what the imports have left to settle
+        print(json.dumps(measured(sys.argv[2], sys.argv[3], sys.argv[4], json.loads(sys.argv[5]))))
+    else:
+        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
