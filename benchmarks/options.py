@@ -2,9 +2,9 @@
 
     python benchmarks/options.py MODEL TEXT_FOLDER WORK_FOLDER    prints, and writes benchmarks/options.json
 
-MODEL is SmolLM2-135M, cut by activations; its cut heals for STEPS steps with each option, in a process of its own, on a
-CPU. Held-out loss, at the best of three rates where an option changes what is learned; and the peak of anonymous memory,
-sampled, above what the imports take. No checkpoints. CPU offload needs a GPU: benchmarks/gpu.py.
+MODEL is SmolLM2-135M, cut by activations; its cut heals for STEPS steps with each option, in a process of its own, on
+a CPU. Held-out loss, at the best of three rates where an option changes what is learned; and the peak of anonymous
+memory, sampled, above what the imports take. No checkpoints. CPU offload needs a GPU: benchmarks/gpu.py.
 """
 
 import json
