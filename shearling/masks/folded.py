@@ -5,12 +5,12 @@ weight where that keeps a cast of its own, otherwise none, and it is made again.
 benchmarks/masked_step.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 
@@ -42,12 +42,15 @@ def fold(
     if keep is None or count is None:
         return _times(weight, factors[-1], dtype) if factors else weight.to(dtype)
     weight = weight * factors[-1] if factors else weight
-    return torch.addr(weight, keep.to(weight.dtype), (weight.sum(0) / count).to(weight.dtype), alpha=-1).to(dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        mean = (weight.sum(0) / count).to(weight.dtype)
+        return torch.addr(weight, keep.to(weight.dtype), mean, alpha=-1).to(dtype)
 
 
 def _times(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """(a * b).to(dtype), which a GPU does in one kernel."""
-    return a * b if torch.result_type(a, b) == dtype else torch.mul(a, b, out=torch.empty_like(a, dtype=dtype))
+    as_it_is = torch.promote_types(a.dtype, b.dtype) == dtype
+    return a * b if as_it_is else torch.mul(a, b, out=torch.empty_like(a, dtype=dtype))
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -79,31 +82,50 @@ class FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, row, column, keep, count, folded = ctx.saved_tensors
-        grad = grads[0].to(ctx.dtype)
-        dx = dweight = drow = dcolumn = dkeep = None
-        if ctx.needs_input_grad[0]:
-            folded = fold(weight, row, column, keep, count, dtype=ctx.dtype) if folded is None else folded
-            dx = (grad @ folded).to(x.dtype)
-        if any(ctx.needs_input_grad[1:5]):
-            # In the widest dtype from here on: a mask's gradient sums over a whole row of G * W.
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            g = grad.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)
-            if keep is not None or weight.dtype != wide:  # else what it is multiplied by makes it wide
-                g = g.to(wide)
-            if keep is not None:
-                if ctx.needs_input_grad[4]:
-                    dkeep = g @ (fold(weight, row, column, dtype=wide).sum(0) / -count).to(wide)
-                g = g - keep.to(wide) @ g / count
-            if ctx.needs_input_grad[1]:
-                dweight = fold(g, row, column, dtype=weight.dtype)
-            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-                g = g * weight
-            if ctx.needs_input_grad[2]:
-                drow = g.sum(-1) if column is None else g @ column.to(wide)
-            if ctx.needs_input_grad[3]:
-                dcolumn = g.sum(0) if row is None else g.T @ row.to(wide)
-        return dx, dweight, drow, dcolumn, dkeep, None, None
+        # Compiled, a backward runs under its forward's autocast, which would take masks' gradients in its dtype.
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _folded_backward(ctx, grads[0].to(ctx.dtype))
+
+
+def _folded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, row, column, keep, count, folded = ctx.saved_tensors
+    dx = dweight = drow = dcolumn = dkeep = None
+    if ctx.needs_input_grad[0]:
+        folded = fold(weight, row, column, keep, count, dtype=ctx.dtype) if folded is None else folded
+        dx = (grad @ folded).to(x.dtype)
+    if any(ctx.needs_input_grad[1:5]):
+        # In the widest dtype from here on: a mask's gradient sums over a whole row of G * W.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        g = grad.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)
+        if keep is not None or weight.dtype != wide:  # else what it is multiplied by makes it wide
+            g = g.to(wide)
+        if keep is not None:
+            if ctx.needs_input_grad[4]:
+                dkeep = g @ (fold(weight, row, column, dtype=wide).sum(0) / -count).to(wide)
+            g = g - keep.to(wide) @ g / count
+        if ctx.needs_input_grad[1]:
+            dweight = fold(g, row, column, dtype=weight.dtype)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            g = g * weight
+        if ctx.needs_input_grad[2]:
+            drow = g.sum(-1) if column is None else g @ column.to(wide)
+        if ctx.needs_input_grad[3]:
+            dcolumn = g.sum(0) if row is None else g.T @ row.to(wide)
+    return dx, dweight, drow, dcolumn, dkeep, None, None
+
+
+def called(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any) -> Any:
+    """module(*args) with these for parameters of its own, as torch.func.functional_call has it.
+
+    What that looks at first takes the host as long as a norm's forward does.
+    """
+    own = module._parameters
+    kept = {name: own[name] for name in parameters}
+    own.update(cast(Any, parameters))
+    try:
+        return module(*args)
+    finally:
+        own.update(kept)
 
 
 class MaskedLinear(nn.Module):
@@ -132,11 +154,10 @@ class MaskedLinear(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         weight = self.weight.T if self.transposed else self.weight
         keep, count = (None, None) if self.centre is None else (self.centre.keep, self.centre.count)
-        with torch.autocast(kind, enabled=False):
-            y: Any = FoldedLinear.apply(x, weight, self.row, self.column, keep, count, dtype)
-            if self.bias is not None:
-                bias = self.bias if self.row is None else self.bias * self.row
-                y = y + (bias if self.centre is None else self.centre.vector(bias)).to(dtype)
+        y: Any = FoldedLinear.apply(x, weight, self.row, self.column, keep, count, dtype)
+        if self.bias is not None:
+            bias = self.bias if self.row is None else self.bias * self.row
+            y = y + (bias if self.centre is None else self.centre.vector(bias)).to(dtype)
         return y
 
 
@@ -176,7 +197,7 @@ class MaskedNorm(nn.Module):
         if self.bias is not None:
             bias = self.bias if self.soft is None else self.bias * self.soft
             parameters["bias"] = bias if self.support is None else bias * self.support
-        return functional_call(self.plain[0], parameters, (x if self.eps_attribute else x / self.scale.to(x.dtype),))
+        return called(self.plain[0], parameters, x if self.eps_attribute else x / self.scale.to(x.dtype))
 
     def restore(self) -> nn.Module:
         """The plain norm as it was."""
@@ -195,5 +216,5 @@ class MaskedEmbedding(nn.Module):
         self.column, self.centre = column, centre
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = functional_call(self.plain[0], {"weight": self.weight}, (ids,)) * self.column.to(self.weight.dtype)
+        y = called(self.plain[0], {"weight": self.weight}, ids) * self.column.to(self.weight.dtype)
         return y if self.centre is None else self.centre.vector(y)
