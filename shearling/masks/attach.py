@@ -1,12 +1,10 @@
 """Puts masks on a model: what axes/factors.py describes, as modules in place of the model's own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from shearling.axes.axis import is_per_layer
 from shearling.axes.factors import Factor, factors
@@ -16,63 +14,15 @@ from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.masks.experts import MaskedExperts, MaskedRouter
 from shearling.masks.folded import Centre, MaskedAdapter, MaskedEmbedding, MaskedLinear, MaskedNorm
-
-Masks = Mapping[str, Tensor]  # by axis, [*within, size]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of a vector of masks along one dim: (axis, layer or None, entries of the mask along it; None: one for all)."""
-
-    parts: tuple[tuple[str, int | None, Tensor | None], ...]
-    entries: int
-
-    def of(self, masks: Masks) -> Tensor:
-        """Their product, [entries]."""
-        value: Tensor | None = None
-        for axis, layer, where in self.parts:
-            mask = masks[axis] if layer is None else masks[axis][layer]
-            # Of entries that the axis says nothing of, at -1, a 1 that stands behind all others.
-            entry = mask if where is None else functional.pad(mask.reshape(-1), (0, 1), value=1.0)[where]
-            value = entry if value is None else value * entry
-        assert value is not None
-        return value.expand(self.entries)
-
-
-@dataclass(frozen=True)
-class Vector:
-    """What multiplies one dim of the weights that share it: a leaf that modules see, and what it is made of."""
-
-    leaf: Tensor
-    masks: Share
-    support: bool  # made of the masks' supports, not of their values
-
-
-@dataclass(frozen=True)
-class Count:
-    """How many of a dim's D entries are alive, m, as norms see it: `alive` m, `scale` sqrt(m / D), `eps` x m / D."""
-
-    masks: Share
-    alive: Tensor
-    scale: Tensor
-    eps: dict[float, Tensor]
-
-    @torch.no_grad()
-    def set(self, support: Masks) -> None:
-        """No gradient goes through the count."""
-        share = self.masks.of(support).mean().clamp(min=1 / self.masks.entries)
-        self.alive.copy_(share * self.masks.entries)
-        self.scale.copy_(share.sqrt())
-        for eps, tensor in self.eps.items():
-            tensor.copy_(eps * share)
+from shearling.masks.shares import Counts, Masks, Part, Share, Vectors
 
 
 class Attached:
     """A model under `masks`. `set` gives them their values; `push` carries their gradients back to what they came from.
 
     The modules see leaves, one vector for each masked dim of a layer, and any number of backward passes may add to
-    their gradients; the graph from the gates to them is walked once, by `push`. `device` is where the weights will be,
-    if they are on the meta device still.
+    their gradients; the graph from the gates to them is walked once, by `push`. Those of all layers that are alike are
+    made at once (masks/shares.py). `device` is where the weights will be, if they are on the meta device still.
     """
 
     def __init__(
@@ -87,9 +37,8 @@ class Attached:
         self.model, self.family, self.axes = model, family, tuple(axes)
         self.sizes = shape_of(family, config).axes
         self.device = device or next(model.parameters()).device
-        self._vectors: dict[object, Vector] = {}
-        self._counts: dict[object, Count] = {}
-        self._computed: list[Tensor] = []
+        self._vectors: dict[object, Vectors] = {}
+        self._counts: dict[object, Counts] = {}
         self._undo: list[tuple[nn.Module, str, Callable[[], nn.Module]]] = []
         tied = bool(family.setting(config, "tie_word_embeddings"))
         found = {
@@ -153,16 +102,14 @@ class Attached:
         self, plain: nn.Module, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None
     ) -> MaskedNorm:
         kind = self.family.normalisation(row)
-        count = self._count(row, [f for f in found if f.part == "count"], layer)
+        counted, own = self._count(row, [f for f in found if f.part == "count"], layer)
         eps_attribute = "" if kind.centred else kind.eps_attribute
         eps = float(getattr(plain, kind.eps_attribute))
         return MaskedNorm(
             plain,
-            torch.ones((), device=self.device) if count is None else count.scale,
+            torch.ones((), device=self.device) if counted is None else counted.scale.at(own),
             eps_attribute=eps_attribute,
-            eps=None
-            if kind.centred or count is None
-            else count.eps.setdefault(eps, torch.tensor(eps, device=self.device)),
+            eps=None if kind.centred or counted is None else counted.eps(eps).at(own),
             soft=self._vector(row, [f for f in found if f.part == "soft"], 0, layer),
             support=self._vector(row, [f for f in of_bias if f.part == "support"], 0, layer),
             offset=kind.offset,
@@ -178,44 +125,42 @@ class Attached:
             return None
         support = mine[0].part == "support"
         assert all((f.part == "support") is support for f in mine), row.name
-        key = (support, tuple(f.axis for f in mine), str(row.dims[dim]), layer)
+        key = (support, tuple(f.axis for f in mine), str(row.dims[dim]), layer is None)
         if key not in self._vectors:
-            entries = (row.nested(dim) or row.dims[dim]).size(self.sizes)
-            leaf = torch.ones(entries, device=self.device, requires_grad=True)
-            self._vectors[key] = Vector(leaf, self._share(row, mine, dim, layer), support)
-        return self._vectors[key].leaf
+            share = self._share(row, mine, dim, per_layer=layer is not None)
+            self._vectors[key] = Vectors(share, support=support, device=self.device)
+        return self._vectors[key].leaf(layer)
 
     def _centre(self, row: Row, found: list[Factor], layer: int | None) -> Centre | None:
         mine = [f for f in found if f.part == "centre"]
         if not mine:
             return None
         support = [Factor(f.axis, f.dim, "support") for f in mine]
-        keep, count = self._vector(row, support, cast(int, row.stream), None), self._count(row, support, None)
+        keep, (count, own) = self._vector(row, support, cast(int, row.stream), None), self._count(row, support, None)
         assert keep is not None
         assert count is not None
-        return Centre(keep, count.alive)
+        return Centre(keep, count.alive.at(own))
 
-    def _count(self, row: Row, found: list[Factor], layer: int | None) -> Count | None:
+    def _count(self, row: Row, found: list[Factor], layer: int | None) -> tuple[Counts | None, int | None]:
+        """The counts along a norm's dim, and the layer if they are a layer's own."""
         if not found:
-            return None
+            return None, None
         dim = cast(int, found[0].dim)
-        own_layer = layer if any(is_per_layer(f.axis) for f in found) else None
-        key = (tuple(f.axis for f in found), str(row.dims[dim]), own_layer)
+        own = layer if any(is_per_layer(f.axis) for f in found) else None
+        key = (tuple(f.axis for f in found), str(row.dims[dim]), own is None)
         if key not in self._counts:
-            alive, scale = (torch.ones((), device=self.device) for _ in range(2))
-            self._counts[key] = Count(self._share(row, found, dim, layer), alive, scale, {})
-        return self._counts[key]
+            self._counts[key] = Counts(self._share(row, found, dim, per_layer=own is not None), self.device)
+        return self._counts[key], own
 
-    def _share(self, row: Row, found: list[Factor], dim: int, layer: int | None) -> Share:
-        parts: list[tuple[str, int | None, Tensor | None]] = []
-        for factor in found:
-            chosen = layer if is_per_layer(factor.axis) else None
-            where = None
-            if factor.dim is not None:
-                entries = positions(row.nested(dim) or row.dims[dim], factor.axis, self.sizes)
-                where = torch.tensor(entries, device=self.device)
-            parts.append((factor.axis, chosen, where))
-        return Share(tuple(parts), (row.nested(dim) or row.dims[dim]).size(self.sizes))
+    def _share(self, row: Row, found: list[Factor], dim: int, *, per_layer: bool) -> Share:
+        along = row.nested(dim) or row.dims[dim]
+        parts = (
+            Part(f.axis)
+            if f.dim is None
+            else Part.at(f.axis, positions(along, f.axis, self.sizes), self.sizes, self.device)
+            for f in found
+        )
+        return Share(tuple(parts), self.sizes["layer"] if per_layer else 1, along.size(self.sizes))
 
     def set(self, masks: Masks, *, support: Masks | None = None) -> None:
         """Gives the masks of all attached axes their values for the next passes.
@@ -224,45 +169,31 @@ class Attached:
         """
         if support is None:
             support = {axis: (mask.detach() != 0).to(mask.dtype) for axis, mask in masks.items()}
-        self.masks, self._computed = masks, []
-        for vector in self._vectors.values():
-            value = vector.masks.of(support if vector.support else masks)
-            self._computed.append(value)
-            with torch.no_grad():
-                vector.leaf.copy_(value)
-            vector.leaf.grad = None
-            if vector.support:  # of a support that is counted there is nothing to learn
-                vector.leaf.requires_grad_(value.requires_grad)
-        for count in self._counts.values():
-            count.set(support)
+        self.masks = masks
+        for vectors in self._vectors.values():
+            vectors.set(masks, support)
+        for counts in self._counts.values():
+            counts.set(support)
 
     def push(self, *, over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         """Adds the gradients gathered by the leaves to what the last `set` was given.
 
         `over_ranks` makes one gradient, [entries], of those that ranks have gathered apart.
         """
-        if over_ranks is not None:
-            self._gather(over_ranks)
-        pairs = [
-            (value, vector.leaf.grad)
-            for value, vector in zip(self._computed, self._vectors.values(), strict=True)
-            if vector.leaf.grad is not None and value.requires_grad
-        ]
-        if pairs:
-            torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
-
-    def _gather(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Of all leaves at once. Those that nothing came to on this rank may have been reached on others."""
-        leaves = [vector.leaf for vector in self._vectors.values() if vector.leaf.requires_grad]
-        if not leaves:
+        # What nothing came to on this rank may have been reached on others.
+        learned = [v for v in self._vectors.values() if v.learned and (v.reached or over_ranks is not None)]
+        if not learned:
             return
-        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        whole = over_ranks(torch.cat([grad.flatten() for grad in grads]))
-        for leaf, grad in zip(leaves, whole.split([leaf.numel() for leaf in leaves]), strict=True):
-            leaf.grad = grad.view_as(leaf)
+        grads = [vectors.gradient() for vectors in learned]
+        if over_ranks is not None:
+            whole = over_ranks(torch.cat([grad.flatten() for grad in grads])).split([grad.numel() for grad in grads])
+            grads = [part.view_as(grad) for part, grad in zip(whole, grads, strict=True)]
+        torch.autograd.backward([vectors.value for vectors in learned], grads)
 
     def remove(self) -> None:
         """Gives the model its own modules back, weights as they are by now."""
         for parent, name, restore in self._undo:
             setattr(parent, name, restore())
-        self._undo, self._computed, self.masks = [], [], {}
+        self._undo, self.masks = [], {}
+        for vectors in self._vectors.values():
+            vectors.forget()

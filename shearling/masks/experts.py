@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from shearling.masks.folded import called
 from shearling.masks.hard_concrete import KEPT_MIN
 
 
@@ -47,7 +47,7 @@ class MaskedRouter(nn.Module):
         removed = self.support.detach() < KEPT_MIN
         # In a layer that goes itself nothing is kept, and nothing of what it gives counts: no softmax of -inf alone.
         with _Excluding(removed & ~removed.all()):
-            return functional_call(self.plain[0], dict(self.named_parameters(recurse=False)), (x,))
+            return called(self.plain[0], dict(self.named_parameters(recurse=False)), x)
 
 
 class MaskedExperts(nn.Module):
@@ -80,5 +80,5 @@ class MaskedExperts(nn.Module):
             parameters[self.down] = (plain * column).to(plain.dtype)
         if self.expert is not None:
             weights = weights * self.expert.to(weights.dtype)[which]
-        y = functional_call(self.plain[0], parameters, (x, which, weights))
+        y = called(self.plain[0], parameters, x, which, weights)
         return y if self.row is None else y * self.row.to(y.dtype)

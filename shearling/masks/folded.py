@@ -1,15 +1,16 @@
 """The modules that take a masked model's place of the plain ones, with the same parameters under the same names.
 
-N tokens, O outputs, I inputs. A masked linear keeps nothing for backward that a plain one doesn't: the folded weight
-is made again there. Measured against the alternatives in benchmarks/masked_step.py.
+N tokens, O outputs, I inputs. A masked linear keeps no more for backward than a plain one: under autocast the folded
+weight where that keeps a cast of its own, otherwise none, and it is made again. Measured against the alternatives in
+benchmarks/masked_step.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 
@@ -26,16 +27,30 @@ class Centre:
 
 
 def fold(
-    weight: Tensor, row: Tensor | None, column: Tensor | None, keep: Tensor | None = None, count: Tensor | None = None
+    weight: Tensor,
+    row: Tensor | None,
+    column: Tensor | None,
+    keep: Tensor | None = None,
+    count: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """weight [O, I] times row [O] and column [I], its rows centred; in the widest dtype, as it is if all are None."""
-    if row is not None:
-        weight = weight * row.unsqueeze(-1)
-    if column is not None:
-        weight = weight * column
-    if keep is not None and count is not None:
-        weight = torch.addr(weight, keep.to(weight.dtype), (weight.sum(0) / count).to(weight.dtype), alpha=-1)
-    return weight
+    """weight [O, I] times row [O] and column [I], its rows centred: in the widest dtype, then rounded to `dtype`."""
+    factors = [factor for factor in (None if row is None else row.unsqueeze(-1), column) if factor is not None]
+    for factor in factors[:-1]:
+        weight = weight * factor
+    if keep is None or count is None:
+        return _times(weight, factors[-1], dtype) if factors else weight.to(dtype)
+    weight = weight * factors[-1] if factors else weight
+    with torch.autocast(weight.device.type, enabled=False):
+        mean = (weight.sum(0) / count).to(weight.dtype)
+        return torch.addr(weight, keep.to(weight.dtype), mean, alpha=-1).to(dtype)
+
+
+def _times(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a * b).to(dtype), which a GPU does in one kernel."""
+    as_it_is = torch.promote_types(a.dtype, b.dtype) == dtype
+    return a * b if as_it_is else torch.mul(a, b, out=torch.empty_like(a, dtype=dtype))
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -45,8 +60,11 @@ class FoldedLinear(torch.autograd.Function):
     dW = fold(G), d row = (G * W) column, d column = (G * W)^T row; dk = -G s / m, s the sums that centring took off.
     """
 
+    # With a `setup_context` torch would bind the arguments to the signature at each call, which takes the host longer
+    # than to start all of the kernels.
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         row: Tensor | None,
@@ -55,37 +73,59 @@ class FoldedLinear(torch.autograd.Function):
         count: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        return functional.linear(x.to(dtype), fold(weight, row, column, keep, count).to(dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, row, column, keep, count, ctx.dtype = inputs
-        ctx.save_for_backward(x, weight, row, column, keep, count)
+        folded = fold(weight, row, column, keep, count, dtype=dtype)
+        # In place of the cast that autocast keeps for a plain linear. As wide as the weight it would be a copy more.
+        kept = None if dtype == weight.dtype else folded
+        ctx.save_for_backward(x, weight, row, column, keep, count, kept)
+        ctx.dtype = dtype
+        return functional.linear(x.to(dtype), folded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, row, column, keep, count = ctx.saved_tensors
-        grad = grads[0].to(ctx.dtype)
-        dx = dweight = drow = dcolumn = dkeep = None
-        if ctx.needs_input_grad[0]:
-            dx = (grad @ fold(weight, row, column, keep, count).to(ctx.dtype)).to(x.dtype)
-        if any(ctx.needs_input_grad[1:5]):
-            # In the widest dtype from here on: a mask's gradient sums over a whole row of G * W.
-            g = (grad.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)).to(
-                torch.promote_types(weight.dtype, torch.float32)
-            )
-            if keep is not None:
-                if ctx.needs_input_grad[4]:
-                    dkeep = g @ (fold(weight, row, column).sum(0) / -count).to(g.dtype)
-                g = g - keep.to(g.dtype) @ g / count
-            if ctx.needs_input_grad[1]:
-                dweight = fold(g, row, column).to(weight.dtype)
+        # Compiled, a backward runs under its forward's autocast, which would take masks' gradients in its dtype.
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _folded_backward(ctx, grads[0].to(ctx.dtype))
+
+
+def _folded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, row, column, keep, count, folded = ctx.saved_tensors
+    dx = dweight = drow = dcolumn = dkeep = None
+    if ctx.needs_input_grad[0]:
+        folded = fold(weight, row, column, keep, count, dtype=ctx.dtype) if folded is None else folded
+        dx = (grad @ folded).to(x.dtype)
+    if any(ctx.needs_input_grad[1:5]):
+        # In the widest dtype from here on: a mask's gradient sums over a whole row of G * W.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        g = grad.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)
+        if keep is not None or weight.dtype != wide:  # else what it is multiplied by makes it wide
+            g = g.to(wide)
+        if keep is not None:
+            if ctx.needs_input_grad[4]:
+                dkeep = g @ (fold(weight, row, column, dtype=wide).sum(0) / -count).to(wide)
+            g = g - keep.to(wide) @ g / count
+        if ctx.needs_input_grad[1]:
+            dweight = fold(g, row, column, dtype=weight.dtype)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             g = g * weight
-            if ctx.needs_input_grad[2]:
-                drow = g.sum(-1) if column is None else g @ column.to(g.dtype)
-            if ctx.needs_input_grad[3]:
-                dcolumn = g.sum(0) if row is None else row.to(g.dtype) @ g
-        return dx, dweight, drow, dcolumn, dkeep, None, None
+        if ctx.needs_input_grad[2]:
+            drow = g.sum(-1) if column is None else g @ column.to(wide)
+        if ctx.needs_input_grad[3]:
+            dcolumn = g.sum(0) if row is None else g.T @ row.to(wide)
+    return dx, dweight, drow, dcolumn, dkeep, None, None
+
+
+def called(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any) -> Any:
+    """module(*args) with these for parameters of its own, as torch.func.functional_call has it.
+
+    What that looks at first takes the host as long as a norm's forward does.
+    """
+    own = module._parameters
+    kept = {name: own[name] for name in parameters}
+    own.update(cast(Any, parameters))
+    try:
+        return module(*args)
+    finally:
+        own.update(kept)
 
 
 class MaskedLinear(nn.Module):
@@ -114,11 +154,10 @@ class MaskedLinear(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         weight = self.weight.T if self.transposed else self.weight
         keep, count = (None, None) if self.centre is None else (self.centre.keep, self.centre.count)
-        with torch.autocast(kind, enabled=False):
-            y: Any = FoldedLinear.apply(x, weight, self.row, self.column, keep, count, dtype)
-            if self.bias is not None:
-                bias = self.bias if self.row is None else self.bias * self.row
-                y = y + (bias if self.centre is None else self.centre.vector(bias)).to(dtype)
+        y: Any = FoldedLinear.apply(x, weight, self.row, self.column, keep, count, dtype)
+        if self.bias is not None:
+            bias = self.bias if self.row is None else self.bias * self.row
+            y = y + (bias if self.centre is None else self.centre.vector(bias)).to(dtype)
         return y
 
 
@@ -175,7 +214,7 @@ class MaskedNorm(nn.Module):
         if self.bias is not None:
             bias = self.bias if self.soft is None else self.bias * self.soft
             parameters["bias"] = bias if self.support is None else bias * self.support
-        return functional_call(self.plain[0], parameters, (x if self.eps_attribute else x / self.scale.to(x.dtype),))
+        return called(self.plain[0], parameters, x if self.eps_attribute else x / self.scale.to(x.dtype))
 
     def restore(self) -> nn.Module:
         """The plain norm as it was."""
@@ -194,5 +233,5 @@ class MaskedEmbedding(nn.Module):
         self.column, self.centre = column, centre
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = functional_call(self.plain[0], {"weight": self.weight}, (ids,)) * self.column.to(self.weight.dtype)
+        y = called(self.plain[0], {"weight": self.weight}, ids) * self.column.to(self.weight.dtype)
         return y if self.centre is None else self.centre.vector(y)

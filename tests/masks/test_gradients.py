@@ -106,6 +106,28 @@ def test_weights_and_masks_compiled() -> None:
     check_masked_gradients(made)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2"])
+def test_autocast_is_no_coarser_compiled(model_type: str) -> None:
+    """Masks' gradients sum in single precision, though a compiled backward runs under its forward's autocast."""
+    found = []
+    for backend in ("", "aot_eager"):
+        torch._dynamo.reset()
+        made = small_of_any(model_type, tied=True)
+        masks = soft_masks(made, (axis for axis in DENSE if axis in made.shape.axes), zeros=0)
+        attached = Attached(made.model, made.family, config=made.config, axes=tuple(masks))
+        attached.set(masks, support=masks)
+        if backend:
+            made.model.base_model.compile(backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = next_token_loss(made.model, tokens(made.shape["vocab_size"]))
+        loss.backward()
+        attached.push()
+        found.append({axis: mask.grad for axis, mask in masks.items()})
+    for axis, gradient in found[0].items():
+        assert_close(found[1][axis], gradient, axis)
+
+
 def check_masked_gradients(made: Small) -> None:
     """Two micro-batches, so that gradients must add up, against one pass of the reference over both."""
     masks = soft_masks(made, DENSE, zeros=6)

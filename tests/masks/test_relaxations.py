@@ -16,7 +16,7 @@ from shearling.masks import hard_concrete
 from shearling.masks.constraint import Slide, penalty
 from shearling.masks.options import PAPER, Options
 from shearling.masks.relaxations import HardConcreteGates, SoftTopKGates, make_gates
-from shearling.masks.soft_topk import soft_topk
+from shearling.masks.soft_topk import soft_topk, soft_topks
 
 WANTED = {
     "hidden_size": 18,
@@ -80,6 +80,31 @@ def test_soft_topk_sums_to_k_in_the_scores_order(scores: list[float], share: flo
     assert float(z.sum()) == pytest.approx(k, abs=1e-6)
     order = sorted(range(len(scores)), key=scores.__getitem__)
     assert all(z[a] <= z[b] + 1e-12 for a, b in pairwise(order))
+
+
+def test_soft_topk_of_several_is_each_ones_own() -> None:
+    """Values as one by one, and gradients as finite differences have them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes, ks = [(7,), (2, 3, 4), (2, 9)], [2.5, 1.0, 8.99]
+    scores = [torch.rand(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    found = soft_topks(scores, ks=ks, temperature=0.1)
+    for z, s, k in zip(found, scores, ks, strict=True):
+        assert z.shape == s.shape
+        torch.testing.assert_close(z, soft_topk(s, k=k, temperature=0.1))
+    assert torch.autograd.gradcheck(lambda *s: soft_topks(s, ks=ks, temperature=0.1), scores)
+
+
+@pytest.mark.parametrize("temperature", [0.03, 3e-4])
+@pytest.mark.parametrize("k", [1399.0, 700.3, 0.7])
+def test_soft_topk_in_single_precision(temperature: float, k: float) -> None:
+    """Ranked scores at the first temperature and the last, some closed."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(1500, generator=generator)
+    scores[:100] = -100
+    z, exact = (soft_topk(s, k=k, temperature=temperature) for s in (scores, scores.double()))
+    assert float(z.double().sum()) == pytest.approx(k, rel=1e-6)
+    assert float((z.double() - exact).abs().max()) < 1e-4
+    assert not z[:100].any()
 
 
 @pytest.mark.parametrize("options", [Options(), Options(relaxation="hard_concrete"), PAPER, Options(start="open")])
