@@ -43,6 +43,9 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 
 def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[str, Any]:
     """One healing, in this process."""
+    import peft  # noqa: F401  what the arms load
+    import torchao.optim  # noqa: F401
+
     section = validated(Heal, {**asked, "device": "cpu", "save_every": STEPS + 1})
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
