@@ -40,7 +40,8 @@ def run(
 
 
 def _run(recipe: Recipe, watch: Watch, documents: Callable[[str, int, int], None] | None, ranks: Ranks) -> Ran:
-    open_target(recipe.model, recipe.prune, arch=recipe.arch)  # a mistake there shows before hours of data
+    # A mistake there shows before hours of data.
+    ranks.one_before_others(lambda: open_target(recipe.model, recipe.prune, arch=recipe.arch))
     check_sinks([sink for stage in (recipe.prune, recipe.heal) if stage for sink in stage.sinks])
     out = Path(recipe.out).expanduser()
     said = masked(recipe.model_dump(mode="json"))  # a recipe may hold URLs with passwords

@@ -82,6 +82,12 @@ class Ranks:
             raise failed or OnAnotherRank
         return found
 
+    def one_before_others(self, work: Callable[[], T]) -> T:
+        """Does some work on every rank, on each machine's first before its others: they find what it put into a cache."""
+        early = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        found: Any = self.together(work if early else lambda: None)
+        return self.together((lambda: found) if early else work)
+
     def by_the_first(self, work: Callable[[], Any]) -> None:
         """Has the first do some work, while the others wait for it."""
         self.together(work if self.first else lambda: None)

@@ -70,7 +70,7 @@ def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = Non
 def _heal(
     model: str, data: str, out: Path, asked: Heal, arch: str | None, watch: Watch, ranks: Ranks, device: str
 ) -> Healed:
-    source = Source.open(model, dtype=asked.dtype, arch=arch)
+    source = ranks.one_before_others(lambda: Source.open(model, dtype=asked.dtype, arch=arch))
     planned = partial(_plan, source=source, device=device, ranks=ranks)
     phases = [planned(phase, data=own or data, same_mixture=same) for phase, own, same in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]

@@ -83,7 +83,7 @@ def prune(
 def _prune(
     model: str, data: str, out: Path, asked: Prune, arch: str | None, watch: Watch, ranks: Ranks, device: str
 ) -> Pruned:
-    source, target, notes = open_target(model, asked, arch=arch)
+    source, target, notes = ranks.one_before_others(lambda: open_target(model, asked, arch=arch))
     store = Store.open(data)
     default_tokens = min(PAPER_TOKENS, TOKENS_PER_PARAMETER * source.parameters)
     session = Session.plan(

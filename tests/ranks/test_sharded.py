@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -98,3 +99,22 @@ def test_gradients_of_weights_and_masks(name: str, checkpointing: bool, offload:
 def test_offload_is_for_cuda(device: str) -> None:
     with pytest.raises(UserError, match=f"offload: found device {device}; expected cuda"), joined(device, offload=True):
         pass
+
+
+def cached(folder: Path) -> str:
+    """Who made what both look for: the second would find nothing, if it came at the same time."""
+    with joined("cpu") as (ranks, _):
+
+        def work() -> str:
+            made = folder / "made"
+            if made.exists():
+                return f"rank {ranks.rank} found it"
+            sleep(0.2)
+            made.touch()
+            return f"rank {ranks.rank} made it"
+
+        return ranks.one_before_others(work)
+
+
+def test_what_one_rank_puts_into_a_cache_the_others_find(tmp_path: Path) -> None:
+    assert on_ranks(cached, tmp_path) == ["rank 0 made it", "rank 1 found it"]
