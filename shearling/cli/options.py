@@ -54,6 +54,9 @@ Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with
 Checkpointing = Annotated[
     str, typer.Option(help="Recompute activations: full, selective (all but products and attention) or none.")
 ]
+Replicate = Annotated[int | None, typer.Option(help="Groups of ranks that each hold a whole model (HSDP).")]
+KeepLast = Annotated[int | None, typer.Option(help="How many checkpoints stay.")]
+KeepEvery = Annotated[int | None, typer.Option(help="Checkpoints of steps that this divides stay for good.")]
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep weights, gradients and moments in the computer's memory, not the GPU's.")
 ]

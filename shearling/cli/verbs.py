@@ -24,6 +24,8 @@ from shearling.cli.options import (
     Dtype,
     Every,
     Json,
+    KeepEvery,
+    KeepLast,
     Kernels,
     KlShare,
     LogEvery,
@@ -38,6 +40,7 @@ from shearling.cli.options import (
     Out,
     Reference,
     Repeats,
+    Replicate,
     SaveEvery,
     Seed,
     Separate,
@@ -293,6 +296,8 @@ def prune(
     log_every: LogEvery = None,
     sink: Sink = None,
     save_every: SaveEvery = None,
+    keep_last: KeepLast = None,
+    keep_every: KeepEvery = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -302,6 +307,7 @@ def prune(
     lora_rank: LoraRank = None,
     optimizer: Optimizer = None,
     offload: Offload = False,
+    replicate: Replicate = None,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -313,6 +319,7 @@ def prune(
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     training |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
+    training |= those_given(keep_last=keep_last, keep_every=keep_every, replicate=replicate)
     training |= those_given(lora_rank=lora_rank, optimizer=optimizer, offload=offload)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
@@ -367,6 +374,8 @@ def heal(
     log_every: LogEvery = None,
     sink: Sink = None,
     save_every: SaveEvery = None,
+    keep_last: KeepLast = None,
+    keep_every: KeepEvery = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -377,6 +386,7 @@ def heal(
     lora_rank: LoraRank = None,
     optimizer: Optimizer = None,
     offload: Offload = False,
+    replicate: Replicate = None,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -387,6 +397,7 @@ def heal(
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     asked |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
+    asked |= those_given(keep_last=keep_last, keep_every=keep_every, replicate=replicate)
     asked |= those_given(lora_rank=lora_rank, optimizer=optimizer, offload=offload, kernels=kernels)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)

@@ -83,7 +83,7 @@ class Ranks:
         return found
 
     def one_before_others(self, work: Callable[[], T]) -> T:
-        """Does some work on every rank, on each machine's first before its others: they find what it put into a cache."""
+        """Does some work on every rank, on each machine's first before its others: they find what it has cached."""
         early = int(os.environ.get("LOCAL_RANK", "0")) == 0
         found: Any = self.together(work if early else lambda: None)
         return self.together((lambda: found) if early else work)
