@@ -24,7 +24,7 @@ from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
 
-STEPS = 24
+STEPS = 16
 TRAINING = {"seq_len": 256, "batch_tokens": 1024, "micro_sequences": 2, "eval_windows": 8, "eval_every": 0}
 RATES = (2.5e-4, 5e-4, 1e-3)
 LORA_RATES = (1e-3, 3e-3, 1e-2)
