@@ -32,12 +32,12 @@ PLAIN = "AdamW"
 ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     PLAIN: ({}, RATES),
     "AdamW, 8 bits": ({"optimizer": "adamw8bit"}, RATES),
-    "LoRA, rank 16": ({"lora_rank": 16}, LORA_RATES),
-    "LoRA, rank 128": ({"lora_rank": 128}, LORA_RATES),
     "recomputing, selective": ({"activation_checkpointing": "selective"}, ()),
     "recomputing, full": ({"activation_checkpointing": "full"}, ()),
     "teacher": ({"teacher": {"share": 0.5}}, ()),
     "teacher, 8 bits": ({"teacher": {"share": 0.5, "weights": "int8"}}, ()),
+    "LoRA, rank 16": ({"lora_rank": 16}, LORA_RATES),
+    "LoRA, rank 128": ({"lora_rank": 128}, LORA_RATES),
 }
 
 
@@ -82,7 +82,7 @@ def main(model: str, texts: Path, work: Path) -> None:
             (corpus / domain).symlink_to(texts.resolve() / domain)
     make_store(validated(Data, {"inputs": [str(corpus)]}), tokenizer=model, out=store)
     to = {**SMALL, "intermediate_size": 1024}
-    asked = {**TRAINING, "steps": STEPS, "to": to, "method": "activation", "calibration_windows": 64, "device": "cpu"}
+    asked = {**TRAINING, "steps": 24, "to": to, "method": "activation", "calibration_windows": 64, "device": "cpu"}
     pruned = prune(model, data=store, out=str(cut), asked=validated(Prune, asked))
     found: dict[str, Any] = {}
     best = RATES[1]
