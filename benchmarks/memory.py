@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -37,6 +38,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
 HALVED = {"hidden_size": "hidden", "num_hidden_layers": "layers", "intermediate_size": "inner"}
 SAMPLE_SECONDS = 0.005
 LIMIT_SHARE, LIMIT_BYTES = 0.2, 300_000_000
+# More of the smaller model, each with weights that learn alone and with masks beside them.
+MORE: list[dict[str, Any]] = [{"optimizer": "adamw8bit"}, {"lora_rank": 16}, {"activation_checkpointing": "selective"}]
 NEVER = 1000  # steps between checkpoints, of a run that has fewer
 
 
@@ -52,7 +55,10 @@ def cases() -> list[dict[str, Any]]:
             found.append({"model": "135m", **options, "save": False})
     plain = {name: values[0] for name, values in OPTIONS.items()}
     found.sort(key=lambda case: case["model"] != "52m")
-    return [*found, *({"model": "52m", **plain, "masks": masks, "save": True} for masks in (False, True))]
+    also = [{"model": "52m", **plain, "masks": masks, "save": False} for masks in (False, True)]
+    found += [{**case, "save": True} for case in also]
+    found += [{**case, "more": more} for more in MORE for case in also]
+    return [*found, {**also[1], "more": {"masks_only": True}}]
 
 
 def make_models(work: Path) -> None:
@@ -107,6 +113,7 @@ def asked_of(case: dict[str, Any], work: Path) -> Any:
         "eval_windows": 1,
         "save_every": 1 if case["save"] else NEVER,
         "teacher": {"model": model, "share": 0.5} if case["teacher"] else {},
+        **case.get("more", {}),
     }
     if not case["masks"]:
         return validated(Heal, asked)
@@ -117,7 +124,10 @@ def asked_of(case: dict[str, Any], work: Path) -> Any:
 
 def run(case: dict[str, Any], work: Path, out: Path) -> int:
     """Does what a case says and gives the most memory that it took; meant for a process of its own."""
-    import torch._dynamo  # noqa: F401  what a rehearsal and checkpointing load
+    import peft  # noqa: F401  what options load, a rehearsal and compiled steps of an optimizer
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import torchao.optim  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
     from shearling.verbs.heal import heal
@@ -164,7 +174,8 @@ def anonymous_bytes() -> int:
 
 
 def compared(case: dict[str, Any], work: Path) -> dict[str, Any]:
-    done, out = work / f"case-{'-'.join(str(value) for value in case.values())}.json", work / "out"
+    name = re.sub(r"\W+", "-", "-".join(str(value) for value in case.values()))
+    done, out = work / f"case-{name}.json", work / "out"
     if not done.is_file():
         subprocess.run(["rm", "-rf", out, f"{out}.partial"], check=True)
         command = [sys.executable, __file__, str(work), "--case", json.dumps(case)]
