@@ -126,7 +126,7 @@ def run(case: dict[str, Any], work: Path, out: Path) -> int:
     """Does what a case says and gives the most memory that it took; meant for a process of its own."""
     import peft  # noqa: F401  what options load, a rehearsal and compiled steps of an optimizer
     import torch._dynamo
-    import torch._inductor.compile_fx
+    import torch._inductor.compile_fx  # noqa: F401
     import torchao.optim  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
