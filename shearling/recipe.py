@@ -105,6 +105,7 @@ class Training(Section):
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
+    lora_rank: int | None = Field(default=None, gt=0)  # of adapters that learn in the place of weights; left out: none
     replicate: int = Field(default=1, gt=0)  # of several ranks, the groups that each hold a whole model
     log_every: int | None = Field(default=None, gt=0)  # steps; left out: 1, on a GPU 10
     sinks: list[Literal["tensorboard", "wandb"]] = []  # where figures go beside the record
@@ -150,6 +151,12 @@ class Prune(Training):
         if self.masks_only and self.method == "activation":
             change = "take --method masks, or leave masks_only out"
             raise UserError("masks_only", found="it with one-shot scores", expected="learned masks", change=change)
+        if self.lora_rank is not None and self.method == "activation":
+            change = "take --method masks, or leave lora_rank out"
+            raise UserError("lora_rank", found="it with one-shot scores", expected="learned masks", change=change)
+        if self.lora_rank is not None and self.masks_only:
+            change = "leave one of them out"
+            raise UserError("lora_rank", found="it with masks_only", expected="one of them", change=change)
         return self
 
 

@@ -50,6 +50,9 @@ Sink = Annotated[
     typer.Option("--sink", help="tensorboard or wandb: where figures go beside the record. Repeatable."),
 ]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between figures; left out: 1, on a GPU 10.")]
+LoraRank = Annotated[
+    int | None, typer.Option(help="Leave the weights as they are, in bfloat16; learn adapters of this rank on them.")
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations instead of keeping them.")]
 

@@ -26,6 +26,7 @@ from shearling.cli.options import (
     Json,
     KlShare,
     LogEvery,
+    LoraRank,
     Lr,
     MicroBatch,
     MixtureRule,
@@ -295,6 +296,7 @@ def prune(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = False,
+    lora_rank: LoraRank = None,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -306,6 +308,7 @@ def prune(
     training = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     training |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     training |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
+    training |= those_given(lora_rank=lora_rank)
     training |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     base = dict(PAPER_PRUNE) if paper else {}
@@ -365,6 +368,7 @@ def heal(
     autocast: Autocast = "auto",
     compile: Compile = False,
     activation_checkpointing: Checkpointing = False,
+    lora_rank: LoraRank = None,
     micro_batch: MicroBatch = None,
     arch: Arch = None,
     as_json: Json = False,
@@ -375,6 +379,7 @@ def heal(
     asked = those_given(tokens=tokens, steps=steps, lr=lr, batch_tokens=batch_tokens, seq_len=seq_len, device=device)
     asked |= those_given(dtype=dtype, seed=seed, autocast=autocast, compile=compile, workers=workers, at_end=at_end)
     asked |= those_given(save_every=save_every, micro_sequences=micro_batch, log_every=log_every, sinks=sink)
+    asked |= those_given(lora_rank=lora_rank)
     asked |= {"repeats": repeats_words(repeats), "separate_documents": separate_documents}
     mixing = mixture_words(mixture, weights, reference=reference, rule=mixture_rule, signal=signal, every=mixture_every)
     asked |= {"activation_checkpointing": activation_checkpointing, "mixture": mixing}

@@ -1,6 +1,6 @@
 """Puts masks on a model: what axes/factors.py describes, as modules in place of the model's own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.masks.experts import MaskedExperts, MaskedRouter
 from shearling.masks.folded import Centre, MaskedEmbedding, MaskedLinear, MaskedNorm
+from shearling.weights import adapters
 
 Masks = Mapping[str, Tensor]  # by axis, [*within, size]
 
@@ -72,7 +73,7 @@ class Attached:
 
     The modules see leaves, one vector for each masked dim of a layer, and any number of backward passes may add to
     their gradients; the graph from the gates to them is walked once, by `push`. `device` is where the weights will be,
-    if they are on the meta device still.
+    if they are on the meta device still; `adapted` are the paths of linears with adapters.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class Attached:
         config: Mapping[str, Any],
         axes: Sequence[str],
         device: Any = None,
+        adapted: Collection[str] = (),
     ):
-        self.model, self.family, self.axes = model, family, tuple(axes)
+        self.model, self.family, self.axes, self.adapted = model, family, tuple(axes), adapted
         self.sizes = shape_of(family, config).axes
         self.device = device or next(model.parameters()).device
         self._vectors: dict[object, Vector] = {}
@@ -104,7 +106,6 @@ class Attached:
 
     def _attach(self, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None) -> None:
         path = self._module(row).replace("*", str(layer))
-        parent, name = self.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         plain = self.model.get_submodule(path)
         restore: Callable[[], nn.Module] = lambda: plain  # noqa: E731
         if row.role == "embed":
@@ -121,13 +122,20 @@ class Attached:
         elif row.stacked:
             masked = self._experts(plain, row, found, layer)
         else:
-            masked = MaskedLinear(
-                plain,
-                self._vector(row, found, cast(int, row.output), layer),
-                self._vector(row, found, cast(int, row.input), layer),
-                centre=self._centre(row, found, layer),
-                transposed=row.output == 1,
-            )
+            output = self._vector(row, found, cast(int, row.output), layer)
+            inner = self._vector(row, found, cast(int, row.input), layer)
+            centre = self._centre(row, found, layer)
+            if path in self.adapted:  # of W + s B A: on the outputs of W and B, on the inputs of W and A
+                a, b = plain.get_submodule(adapters.A), plain.get_submodule(adapters.B)
+                self._put(f"{path}.{adapters.A}", MaskedLinear(a, None, inner), lambda: a)
+                self._put(f"{path}.{adapters.B}", MaskedLinear(b, output, None, centre=centre), lambda: b)
+                path = f"{path}.{adapters.BASE}"
+                plain = self.model.get_submodule(path)
+            masked = MaskedLinear(plain, output, inner, centre=centre, transposed=row.output == 1)
+        self._put(path, masked, restore)
+
+    def _put(self, path: str, masked: nn.Module, restore: Callable[[], nn.Module]) -> None:
+        parent, name = self.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         setattr(parent, name, masked)
         self._undo.append((parent, name, restore))
 

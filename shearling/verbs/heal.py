@@ -27,6 +27,7 @@ from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done
+from shearling.weights.adapters import merged
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Healing:
         with keeping:
             model, before, states = self.heal(keeping, watch)
         layers = tuple(range(source.shape["num_hidden_layers"]))
-        tensor = source.reader(model)
+        tensor = merged(model, source.read) if first.adapters else source.reader(model)
         source.save(
             self.folder,
             shape=source.shape,
@@ -151,7 +152,7 @@ class Healing:
         del model, tensor
         ranks.meet()  # it is there
         # Of what was saved, which may have been rounded.
-        after = by_domain(first.measure(first.load(source.at(self.folder))))
+        after = by_domain(first.measure(first.load(source.at(self.folder), dtype=first.dtype)))
         record.write("held_out", step=states[-1].step, of="healed", **after)
         tokens = [0, *(state.tokens for state in states)]
         spent = [b - a for a, b in pairwise(tokens)]
@@ -170,7 +171,7 @@ class Healing:
     def heal(self, keeping: Keeping, watch: Watch) -> tuple[Any, dict[str, Any], list[State]]:
         """The model after all phases, its losses before them, and the state that each phase ended in."""
         first, record, saved = self.phases[0].session, keeping.record, keeping.saved
-        model = first.load(self.source)
+        model = first.load(self.source, dtype=first.dtype, adapters=first.adapters)
         if saved is None:
             record.write("heal", versions=versions(), **first.describe())
             before = by_domain(first.measure(model))
@@ -240,4 +241,6 @@ class Healing:
     def flops(self, session: Session, tokens: int) -> float:
         """Of so many tokens of a session, the teacher's forward passes included."""
         own = session.flops(self.source, self.source.shape, tokens=tokens)
+        if session.adapters:  # no gradients of weights; those of adapters are left out
+            own *= 2 / 3
         return own + (self.teaching.flops(session, tokens) if self.teaching else 0.0)

@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -23,12 +24,14 @@ from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
 from shearling.verbs.teaching import Teaching
+from shearling.weights.adapters import Adapters
 from shearling.weights.pretend import whole_windows, without_weights
 
 log = logging.getLogger(__name__)
 
 AUTO_SHARE = 0.9  # of what is there, for a number of windows that nobody has tried
 MOMENTS = 2  # AdamW's, for each parameter
+RANK = 16  # of the adapters that are spoken of to those who may not know of them
 LASTING = ("weights", "optimizer", "teacher_weights", "masks")
 # By glibc, of what comes and goes on a CPU: holes of less than 32 MB between blocks that are in use. Measured, from a
 # third to as much again (benchmarks/memory.py); with mmap for every block (MALLOC_MMAP_THRESHOLD_) next to nothing.
@@ -113,11 +116,14 @@ class Trained:
         with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
             model, ledger = without_weights(self.source.folder, dtype=session.dtype), Ledger(device)
             model.requires_grad_(not session.frozen)
+            adapters = session.adapters
+            adapted = adapters.add(model, self.source.family, self.source.config) if adapters else ()
             ledger.hold(model.parameters(), "weights")
             attached = None
             if self.axes:
                 with ledger, ledger.part("masks"):
-                    attached = Attached(model, self.source.family, config=self.source.config, axes=self.axes)
+                    family, config = self.source.family, self.source.config
+                    attached = Attached(model, family, config=config, axes=self.axes, adapted=adapted)
                     masks = {axis: torch.ones(shape, requires_grad=True) for axis, shape in self._mask_shapes().items()}
                     attached.set(masks, support=masks)
             session.prepare(model, self.asked.model_copy(update={"compile": False}), self.source.blocks())
@@ -135,13 +141,16 @@ class Trained:
                 accumulates=settings.micro_sequences < settings.batch_sequences // self.session.ranks.count,
                 apart=[teacher.base_model for teacher in apart],
             )
-            weights, gathered = sum(p.nbytes for p in model.parameters()), self._gathered(model)
-        return self._summed(dict(ledger.peak), weights, gathered)
+            weights = sum(p.nbytes for p in model.parameters())
+            trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            gathered = self._gathered(model)
+        return self._summed(dict(ledger.peak), weights, trained, gathered)
 
-    def _summed(self, parts: dict[str, int], weights: int, gathered: int) -> Need:
-        """With what is there throughout; or as it is while the optimizer steps, if more is there then."""
+    def _summed(self, parts: dict[str, int], weights: int, trained: int, gathered: int) -> Need:
+        """With what is there throughout, `trained` of the weights; or as it is while the optimizer steps, if more is
+        there then.
+        """
         gates = GATE_BYTES * sum(prod(shape) for shape in self._mask_shapes().values())
-        trained = 0 if self.session.frozen else weights
         lasting = {"weights": weights, "gradients": trained, "optimizer": MOMENTS * trained}
         stepping = {**lasting, "teacher_weights": parts.get("teacher_weights", 0), "masks": parts.get("masks", 0)}
         parts |= {"optimizer": lasting["optimizer"]}
@@ -163,10 +172,15 @@ class Trained:
         """
         if _shards(self.session.ranks) == 1:
             return 0
-        blocks = [sum(p.nbytes for p in model.get_submodule(path).parameters()) for path in self.source.blocks()]
-        beside = sum(p.nbytes for p in model.parameters()) - sum(blocks)
-        found = 2 * beside + 3 * max(blocks)
-        return found if self.session.settings.autocast is None else found // 2
+        autocast = self.session.settings.autocast
+
+        def nbytes(parameters: Iterable[Tensor], copies: int) -> int:
+            return sum(p.numel() * (autocast or p.dtype).itemsize * (copies + p.requires_grad) for p in parameters)
+
+        blocks = [list(model.get_submodule(path).parameters()) for path in self.source.blocks()]
+        in_blocks = {id(parameter) for block in blocks for parameter in block}
+        beside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
+        return nbytes(beside, 1) + max(nbytes(block, 2) for block in blocks)
 
     def _room(self, device: str) -> Room | None:
         """What there is of a device for this process: of a computer's memory, its share among the ranks there."""
@@ -243,6 +257,9 @@ class Trained:
             yield "no teacher", replace(self, teaching=None)
         if self.session.device == "cpu" and (self.asked.save_every is None or self.asked.save_every <= self.steps):
             yield f"--save-every {self.steps + 1} (no checkpoints)", self._asking(save_every=self.steps + 1)
+        if not self.session.frozen and find_spec("peft"):
+            adapters = Adapters(RANK, self.asked.seed)
+            yield f"--lora-rank {RANK}", replace(self, session=replace(self.session, frozen=True, adapters=adapters))
 
     def _asking(self, **options: Any) -> "Trained":
         return replace(self, asked=self.asked.model_copy(update=options))

@@ -39,6 +39,7 @@ from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done, load_under_masks
+from shearling.weights.adapters import merged
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def _prune(
         ranks=ranks,
     )
     references = given(asked.mixture, session)
-    session = replace(session, frozen=asked.masks_only)
+    session = replace(session, frozen=session.frozen or asked.masks_only)
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
@@ -129,6 +130,8 @@ def _choose(asked: Prune, steps: int) -> tuple[Prune, str]:
     """Masks or one-shot scores, by the budget, and why."""
     if asked.masks_only:
         return asked.model_copy(update={"method": "masks"}), "method masks: nothing else is to be learned"
+    if asked.lora_rank is not None:
+        return asked.model_copy(update={"method": "masks"}), "method masks: adapters learn beside them"
     method, reason = ("masks", "at least") if steps >= MASKS_FROM_STEPS else ("activation", "fewer than")
     note = f"method {method}: the budget is {steps} steps, {reason} {MASKS_FROM_STEPS} (--method chooses otherwise)"
     return asked.model_copy(update={"method": method}), note
@@ -225,7 +228,7 @@ class Pruning:
     def learn(
         self, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
     ) -> tuple[Cut, tuple[str, ...], int, Reader]:
-        """Trains masks, and weights unless they are frozen: the cut, what missed its target, the tokens that it took,
+        """Trains masks, and weights or what adapts them unless they are frozen: the cut, what missed its target, the tokens that it took,
         the weights to cut.
 
         `scores` and the losses `before` are the source's.
@@ -242,8 +245,11 @@ class Pruning:
             ranks=ranks,
             dtype=session.dtype,
             compute=session.settings.autocast,
+            adapters=session.adapters,
         )
-        model: Any = attached.model.requires_grad_(not session.frozen)
+        model: Any = attached.model
+        if session.adapters is None:
+            model.requires_grad_(not session.frozen)
         over_ranks = (lambda gradient: ranks.add_up(gradient) / ranks.count) if ranks.count > 1 else None
         term = LearnedMasks(attached, gates, over_ranks=over_ranks)
         distilled = self.teaching.objective(session, under=attached) if self.teaching else None
@@ -255,7 +261,8 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        weights = [] if session.frozen else [adamw(model.parameters(), lr=session.lr)]
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        weights = [adamw(learned, lr=session.lr)] if learned else []
         optimizers = (*weights, *gates.optimizers())
         starts = nn.ParameterDict({axis: nn.Parameter(score, requires_grad=False) for axis, score in scores.items()})
         held = Held(model, optimizers, {"gates": gates, "scores": starts})
@@ -289,6 +296,8 @@ class Pruning:
         record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         cut = Cut(source.family, source.config, self.target, kept, masks=masks)
+        if session.adapters:
+            return cut, misses, state.tokens, merged(model, source.read)
         return cut, misses, state.tokens, source.read if session.frozen else source.reader(model)
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:

@@ -25,12 +25,13 @@ from shearling.mixture.weights import Mixture, check_weights
 from shearling.ranks.ranks import ALONE, Ranks
 from shearling.recipe import Training
 from shearling.train.objective import NextToken, Objective
-from shearling.train.optim import default_lr
+from shearling.train.optim import ADAPTERS_LR, default_lr
 from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Draw, Log, OnStep, Settings, State
 from shearling.verbs.sinks import check_sinks
 from shearling.verbs.source import Source
 from shearling.verbs.together import Evenly, dealt, load
+from shearling.weights.adapters import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Session:
     mixture: Mixture
     ranks: Ranks = ALONE
     frozen: bool = False  # the weights of what is trained
+    adapters: Adapters | None = None  # on them
     steering: Steered | None = None
     notes: tuple[str, ...] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)  # what a step is estimated to take
@@ -88,6 +90,7 @@ class Session:
         source.check_store(store)
         check_sinks(asked.sinks)
         device = device or choose_device(asked.device)
+        adapters = Adapters.asked(asked.lora_rank, asked.seed)
         seq_len = asked.seq_len or source.seq_len()
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
         batch_tokens = asked.batch_tokens or default_batch_tokens(source.parameters, tokens)
@@ -122,9 +125,9 @@ class Session:
             pin=device.startswith("cuda"),
         )
         mixture = _starting(asked, store)
-        session = cls(
-            settings, feed, device, asked.lr or default_lr(source.parameters), asked.eval_windows, mixture, ranks
-        )
+        lr = asked.lr or default_lr(source.parameters) * (ADAPTERS_LR if adapters else 1)
+        session = cls(settings, feed, device, lr, asked.eval_windows, mixture, ranks)
+        session = replace(session, frozen=adapters is not None, adapters=adapters)
         often = max(min(steps // UPDATES, most_between_updates), _windows_apart(mixture, sequences))
         every = asked.mixture.every or max(1, min(often, steps // 2))
         return replace(session, notes=session._end_notes(), steering=_unaimed(asked, every))
@@ -195,9 +198,12 @@ class Session:
         """Of the weights of what is trained, in memory."""
         return torch.bfloat16 if self.frozen else torch.float32
 
-    def load(self, source: Source, *, dtype: torch.dtype = torch.float32) -> Any:
+    def load(self, source: Source, *, dtype: torch.dtype = torch.float32, adapters: Adapters | None = None) -> Any:
         """A model to train or to measure."""
-        return load(source, device=self.device, ranks=self.ranks, dtype=dtype, compute=self.settings.autocast)
+        compute = self.settings.autocast
+        return load(
+            source, device=self.device, ranks=self.ranks, dtype=dtype, compute=compute, adapters=adapters
+        )
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
