@@ -173,9 +173,10 @@ class Pruning:
             layers=cut.kept.layers,
             rotary=cut.kept.rotary,
             dtype=self.asked.dtype,
-            tensor=lambda row, layer: cut.tensor(row, layer, read),
+            tensor=partial(cut.tensor, read=read),
             writes=ranks.first,
         )
+        del read  # and with it the model that was trained
         ranks.meet()  # it is there
         after = by_domain(session.measure(session.load(source.at(self.folder))))
         record.write("held_out", step=session.settings.steps, of="cut", **after)
@@ -228,8 +229,8 @@ class Pruning:
     def learn(
         self, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
     ) -> tuple[Cut, tuple[str, ...], int, Reader]:
-        """Trains masks, and weights or what adapts them unless they are frozen: the cut, what missed its target, the tokens that it took,
-        the weights to cut.
+        """Trains masks, and weights or adapters on them unless masks alone learn: the cut, what missed its target, the
+        tokens that it took, the weights to cut.
 
         `scores` and the losses `before` are the source's.
         """

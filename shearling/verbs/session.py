@@ -25,7 +25,7 @@ from shearling.mixture.weights import Mixture, check_weights
 from shearling.ranks.ranks import ALONE, Ranks
 from shearling.recipe import Training
 from shearling.train.objective import NextToken, Objective
-from shearling.train.optim import ADAPTERS_LR, default_lr
+from shearling.train.optim import default_adapters_lr, default_lr
 from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Draw, Log, OnStep, Settings, State
 from shearling.verbs.sinks import check_sinks
@@ -125,7 +125,7 @@ class Session:
             pin=device.startswith("cuda"),
         )
         mixture = _starting(asked, store)
-        lr = asked.lr or default_lr(source.parameters) * (ADAPTERS_LR if adapters else 1)
+        lr = asked.lr or (default_adapters_lr if adapters else default_lr)(source.parameters)
         session = cls(settings, feed, device, lr, asked.eval_windows, mixture, ranks)
         session = replace(session, frozen=adapters is not None, adapters=adapters)
         often = max(min(steps // UPDATES, most_between_updates), _windows_apart(mixture, sequences))
@@ -201,9 +201,7 @@ class Session:
     def load(self, source: Source, *, dtype: torch.dtype = torch.float32, adapters: Adapters | None = None) -> Any:
         """A model to train or to measure."""
         compute = self.settings.autocast
-        return load(
-            source, device=self.device, ranks=self.ranks, dtype=dtype, compute=compute, adapters=adapters
-        )
+        return load(source, device=self.device, ranks=self.ranks, dtype=dtype, compute=compute, adapters=adapters)
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)

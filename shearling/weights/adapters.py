@@ -21,8 +21,8 @@ from shearling.ranks.rows import gathered
 
 Read = Callable[[Row, int | None], Tensor]
 
-# The same at every rank, so that the best learning rate hardly moves with it; at rank 16 twice the rank, as PEFT's users
-# have it (Schulman et al. 2025, "LoRA Without Regret").
+# The same at every rank, so that the best learning rate hardly moves with it (Schulman et al. 2025, "LoRA Without
+# Regret"); at rank 16 it is twice the rank, which is what PEFT's users mostly take.
 ALPHA = 32
 BASE, A, B = "base_layer", "lora_A.default", "lora_B.default"  # what PEFT has in the place of a linear
 

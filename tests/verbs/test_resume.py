@@ -77,11 +77,20 @@ def test_fault_01_04_healing_with_everything_on(tmp_path, cut, store_folder, ask
         {"masks": {"relaxation": "soft_topk"}},
         {"masks": {"relaxation": "hard_concrete"}},
         {"masks_only": True},
+        {"lora_rank": 4},
     ],
 )
 def test_fault_03_masks_and_multipliers(tmp_path, model_folder, store_folder, ask_prune, options):
     asked = ask_prune(method="masks", steps=8, save_every=2, **options)
     verb = partial(prune, str(model_folder), data=str(store_folder), asked=asked)
+    assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
+    assert len(set(chained(verb, tmp_path / "killed", [3, 3, 3]))) == 3
+    assert weights(tmp_path / "killed") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+
+
+def test_healing_by_adapters(tmp_path, cut, store_folder, ask_heal):
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=8, save_every=2, lora_rank=4))
     assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
     assert len(set(chained(verb, tmp_path / "killed", [3, 3, 3]))) == 3
     assert weights(tmp_path / "killed") == weights(tmp_path / "calm")
