@@ -67,7 +67,7 @@ def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[st
 
 def apart(model: str, store: str, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The same in a process of its own, done once."""
-    said = out.with_suffix(".json")
+    said = out.with_name(f"{out.name}.json")
     if not said.exists():
         words = [sys.executable, __file__, "--one", model, store, str(out), json.dumps(asked)]
         said.write_text(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])

@@ -50,6 +50,9 @@ Sink = Annotated[
     typer.Option("--sink", help="tensorboard or wandb: where figures go beside the record. Repeatable."),
 ]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between figures; left out: 1, on a GPU 10.")]
+LoraRank = Annotated[
+    int | None, typer.Option(help="Leave the weights as they are, in bfloat16; learn adapters of this rank on them.")
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")]
 Checkpointing = Annotated[
     str, typer.Option(help="Recompute activations: full, selective (all but products and attention) or none.")
@@ -61,7 +64,6 @@ Offload = Annotated[
     bool, typer.Option("--offload", help="Keep weights, gradients and moments in the computer's memory, not the GPU's.")
 ]
 Kernels = Annotated[str | None, typer.Option(help="torch, or liger: its norms and activations, on a GPU.")]
-LoraRank = Annotated[int | None, typer.Option(help="Adapters of this rank learn; weights stay as they are (PEFT).")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, or adamw8bit: its moments in 8 bits (torchao).")]
 
 

@@ -1,6 +1,6 @@
 """Puts masks on a model: what axes/factors.py describes, as modules in place of the model's own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,9 @@ from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.masks.experts import MaskedExperts, MaskedRouter
-from shearling.masks.folded import Centre, MaskedAdapter, MaskedEmbedding, MaskedLinear, MaskedNorm
+from shearling.masks.folded import Centre, MaskedEmbedding, MaskedLinear, MaskedNorm
 from shearling.masks.shares import Counts, Masks, Part, Share, Vectors
+from shearling.weights import adapters
 
 
 class Attached:
@@ -33,8 +34,9 @@ class Attached:
         config: Mapping[str, Any],
         axes: Sequence[str],
         device: Any = None,
+        adapted: Collection[str] = (),
     ):
-        self.model, self.family, self.axes = model, family, tuple(axes)
+        self.model, self.family, self.axes, self.adapted = model, family, tuple(axes), adapted
         self.sizes = shape_of(family, config).axes
         self.device = device or next(model.parameters()).device
         self._vectors: dict[object, Vectors] = {}
@@ -53,7 +55,6 @@ class Attached:
 
     def _attach(self, row: Row, found: list[Factor], of_bias: list[Factor], layer: int | None) -> None:
         path = self._module(row).replace("*", str(layer))
-        parent, name = self.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         plain = self.model.get_submodule(path)
         restore: Callable[[], nn.Module] = lambda: plain  # noqa: E731
         if row.role == "embed":
@@ -70,15 +71,20 @@ class Attached:
         elif row.stacked:
             masked = self._experts(plain, row, found, layer)
         else:
-            linear: Any = getattr(plain, "base_layer", plain)
-            masked = MaskedLinear(
-                linear,
-                self._vector(row, found, cast(int, row.output), layer),
-                self._vector(row, found, cast(int, row.input), layer),
-                centre=self._centre(row, found, layer),
-                transposed=row.output == 1,
-            )
-            masked = masked if linear is plain else MaskedAdapter(plain, masked)
+            output = self._vector(row, found, cast(int, row.output), layer)
+            inner = self._vector(row, found, cast(int, row.input), layer)
+            centre = self._centre(row, found, layer)
+            if path in self.adapted:  # of W + s B A: on the outputs of W and B, on the inputs of W and A
+                a, b = plain.get_submodule(adapters.A), plain.get_submodule(adapters.B)
+                self._put(f"{path}.{adapters.A}", MaskedLinear(a, None, inner), lambda: a)
+                self._put(f"{path}.{adapters.B}", MaskedLinear(b, output, None, centre=centre), lambda: b)
+                path = f"{path}.{adapters.BASE}"
+                plain = self.model.get_submodule(path)
+            masked = MaskedLinear(plain, output, inner, centre=centre, transposed=row.output == 1)
+        self._put(path, masked, restore)
+
+    def _put(self, path: str, masked: nn.Module, restore: Callable[[], nn.Module]) -> None:
+        parent, name = self.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         setattr(parent, name, masked)
         self._undo.append((parent, name, restore))
 

@@ -161,23 +161,6 @@ class MaskedLinear(nn.Module):
         return y
 
 
-class MaskedAdapter(nn.Module):
-    """A masked linear beside whose weight PEFT's adapter is learned, under the same masks."""
-
-    def __init__(self, adapted: Any, linear: MaskedLinear):
-        super().__init__()
-        self.linear, self.lora_A, self.lora_B = linear, adapted.lora_A, adapted.lora_B
-        self.scaling, self.fan_in_fan_out = adapted.scaling, adapted.fan_in_fan_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        found, row, column = self.linear(x), self.linear.row, self.linear.column
-        for name, a in self.lora_A.items():
-            y = self.lora_B[name](a(x.to(a.weight.dtype) if column is None else x * column)) * self.scaling[name]
-            y = y if row is None else y * row
-            found = found + (y if self.linear.centre is None else self.linear.centre.vector(y)).to(found.dtype)
-        return found
-
-
 class MaskedNorm(nn.Module):
     """A norm over entries of which only some are alive: its own forward, weight and epsilon rescaled.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shearling.errors import UserError
+from shearling.ranks.ranks import Ranks
 
 BLOCK, FROM = 256, 4096
 QMAP_BYTES = 4 * 256  # of what each code stands for, there for each tensor
@@ -28,11 +29,12 @@ def adamw_8bit(groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[floa
     return AdamW8bit(groups, lr=lr, betas=betas, weight_decay=0.0, block_size=BLOCK)
 
 
-def check_8bit(device: str, ranks: int) -> None:
+def check_8bit(device: str, ranks: Ranks) -> None:
     """Raises UserError where it can't run."""
-    if ranks > 1:
-        change = "take adamw: what it keeps is shared out among the ranks"
-        raise UserError("optimizer adamw8bit", found=f"{ranks} ranks", expected="one", change=change)
+    if ranks.mesh is not None:
+        found = f"{ranks.count} ranks" if ranks.count > 1 else "offload"
+        change = "take adamw: what it keeps is shared out among the ranks, or lies in the computer's memory"
+        raise UserError("optimizer adamw8bit", found=found, expected="one process without it", change=change)
     if device == "mps":
         raise UserError("optimizer adamw8bit", found=device, expected="cuda or cpu", change="take adamw")
     if find_spec("torchao") is None:

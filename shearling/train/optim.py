@@ -56,3 +56,11 @@ def default_lr(parameters: int) -> float:
     4e-3 at 260 thousand parameters (recipes/stories260k.yaml) and 1e-4 at 1.3 billion (Sheared-LLaMA).
     """
     return min(8e-3, 4e-3 * (260_000 / parameters) ** 0.43)
+
+
+def default_adapters_lr(parameters: int) -> float:
+    """The same for low-rank adapters: ten times as much, at any rank (Schulman et al. 2025, "LoRA Without Regret").
+
+    At most what healed a cut of 117 thousand parameters best, where ten times as much diverged.
+    """
+    return min(1.6e-2, 10 * default_lr(parameters))

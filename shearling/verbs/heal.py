@@ -16,7 +16,6 @@ from shearling.recipe import Heal
 from shearling.record import Record, versions
 from shearling.stage import Stage
 from shearling.train.loop import train
-from shearling.train.lora import merging
 from shearling.train.optim import adamw
 from shearling.train.step import State
 from shearling.verbs.aim import aimed, given, source_losses, source_of
@@ -28,6 +27,7 @@ from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done
+from shearling.weights.adapters import merged
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Healing:
         with keeping:
             model, before, states = self.heal(keeping, watch)
         layers = tuple(range(source.shape["num_hidden_layers"]))
-        tensor = merging(source.read, model) if first.frozen else source.reader(model)
+        tensor = merged(model, source.read) if first.adapters else source.reader(model)
         source.save(
             self.folder,
             shape=source.shape,
@@ -155,7 +155,7 @@ class Healing:
         del model, tensor
         ranks.meet()  # it is there
         # Of what was saved, which may have been rounded.
-        after = by_domain(first.measure(first.load(source.at(self.folder))))
+        after = by_domain(first.measure(first.load(source.at(self.folder), dtype=first.dtype)))
         record.write("held_out", step=states[-1].step, of="healed", **after)
         tokens = [0, *(state.tokens for state in states)]
         spent = [b - a for a, b in pairwise(tokens)]
@@ -174,14 +174,13 @@ class Healing:
     def heal(self, keeping: Keeping, watch: Watch) -> tuple[Any, dict[str, Any], list[State]]:
         """The model after all phases, its losses before them, and the state that each phase ended in."""
         first, record, saved = self.phases[0].session, keeping.record, keeping.saved
-        model = first.load(self.source, dtype=first.dtype)
+        model = first.load(self.source, dtype=first.dtype, adapters=first.adapters)
         if saved is None:
             record.write("heal", versions=versions(), **first.describe())
             before = by_domain(first.measure(model))
             record.write("held_out", step=0, of="cut", **before)
         else:
             before = saved.plain["losses"]
-        first.freeze(model, self.source)
         first.prepare(model, self.asked, self.source.blocks())
         held = Held(model, (adamw(model.parameters(), lr=first.lr, bits=self.asked.bits),), {})
         keeping.take_up(held)
@@ -245,5 +244,6 @@ class Healing:
     def flops(self, session: Session, tokens: int) -> float:
         """Of so many tokens of a session, the teacher's forward passes included."""
         own = session.flops(self.source, self.source.shape, tokens=tokens)
-        own = own * 2 / 3 if session.frozen else own  # no gradients of weights
+        if session.adapters:  # no gradients of weights; those of adapters are left out
+            own *= 2 / 3
         return own + (self.teaching.flops(session, tokens) if self.teaching else 0.0)

@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -24,12 +25,14 @@ from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
 from shearling.verbs.teaching import Teaching
+from shearling.weights.adapters import Adapters
 from shearling.weights.pretend import whole_windows, without_weights
 
 log = logging.getLogger(__name__)
 
 AUTO_SHARE = 0.9  # of what is there, for a number of windows that nobody has tried
 MOMENTS = 2  # AdamW's, for each parameter
+RANK = 16  # of the adapters that are spoken of to those who may not know of them
 LASTING = ("weights", "optimizer", "teacher_weights", "masks")
 # By glibc, of what comes and goes on a CPU: holes of less than 32 MB between blocks that are in use. Measured, from a
 # third to as much again (benchmarks/memory.py); with mmap for every block (MALLOC_MMAP_THRESHOLD_) next to nothing.
@@ -122,12 +125,14 @@ class Trained:
         settings, device, session = self.session.settings, self.session.device, replace(self.session, ranks=ALONE)
         with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
             model, ledger = without_weights(self.source.folder, dtype=session.dtype), Ledger(device)
-            session.freeze(model, self.source)
+            model.requires_grad_(not session.frozen)
+            family, config = self.source.family, self.source.config
+            adapted = session.adapters.add(model, family, config) if session.adapters else ()
             ledger.hold(model.parameters(), "weights")
             attached = None
             if self.axes:
                 with ledger, ledger.part("masks"):
-                    attached = Attached(model, self.source.family, config=self.source.config, axes=self.axes)
+                    attached = Attached(model, family, config=config, axes=self.axes, adapted=adapted)
                     masks = {axis: torch.ones(shape, requires_grad=True) for axis, shape in self._mask_shapes().items()}
                     attached.set(masks, support=masks)
             session.prepare(
@@ -183,10 +188,15 @@ class Trained:
         """
         if _shards(self.session.ranks) == 1 and not self.session.ranks.offload:
             return 0
-        blocks = [sum(p.nbytes for p in model.get_submodule(path).parameters()) for path in self.source.blocks()]
-        beside = sum(p.nbytes for p in model.parameters()) - sum(blocks)
-        found = 2 * beside + 3 * max(blocks)
-        return found if self.session.settings.autocast is None else found // 2
+        autocast = self.session.settings.autocast
+
+        def nbytes(parameters: Iterable[Tensor], copies: int) -> int:
+            return sum(p.numel() * (autocast or p.dtype).itemsize * (copies + p.requires_grad) for p in parameters)
+
+        blocks = [list(model.get_submodule(path).parameters()) for path in self.source.blocks()]
+        in_blocks = {id(parameter) for block in blocks for parameter in block}
+        beside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
+        return nbytes(beside, 1) + max(nbytes(block, 2) for block in blocks)
 
     def _room(self, device: str) -> Room | None:
         """What there is of a device for this process: of a computer's memory, its share among the ranks there."""
@@ -252,8 +262,10 @@ class Trained:
             return f"any of these would fit: {each}"
         least, words = self.with_micro(1), ["--micro-batch 1"]
         for name, _ in self._others():
-            least = dict(least._others())[name]
-            words.append(name)
+            others = dict(least._others())
+            if name in others:  # some leave no place for another
+                least = others[name]
+                words.append(name)
         need = least.need()
         so = "would fit" if need.on(device) <= room.nbytes else "isn't enough; choose a smaller model or another device"
         return f"{' and '.join(words)} ({in_gigabytes(need.on(device))}) {so}"
@@ -264,7 +276,8 @@ class Trained:
             yield "--activation-checkpointing full", self._asking(activation_checkpointing="full")
         if self.session.device.startswith("cuda") and not self.session.ranks.offload:
             yield "--offload", self._offloading()
-        if self.asked.bits == 32 and not self.session.frozen and self.session.ranks.count == 1:
+        alone = self.session.ranks.count == 1 and not self.session.ranks.offload
+        if self.asked.bits == 32 and not self.session.frozen and alone:
             yield "--optimizer adamw8bit", self._asking(optimizer="adamw8bit")
         if self.session.settings.autocast is None:
             settings = replace(self.session.settings, autocast=torch.bfloat16)
@@ -275,6 +288,9 @@ class Trained:
             yield "no teacher", replace(self, teaching=None)
         if self.session.device == "cpu" and (self.asked.save_every is None or self.asked.save_every <= self.steps):
             yield f"--save-every {self.steps + 1} (no checkpoints)", self._asking(save_every=self.steps + 1)
+        if not self.session.frozen and find_spec("peft"):
+            adapters = Adapters(RANK, self.asked.seed)
+            yield f"--lora-rank {RANK}", replace(self, session=replace(self.session, frozen=True, adapters=adapters))
 
     def _asking(self, **options: Any) -> "Trained":
         return replace(self, asked=self.asked.model_copy(update=options))

@@ -29,7 +29,6 @@ from shearling.recipe import Prune
 from shearling.record import versions
 from shearling.stage import Stage
 from shearling.train.loop import train
-from shearling.train.lora import merging
 from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
@@ -40,6 +39,7 @@ from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done, load_under_masks
+from shearling.weights.adapters import merged
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,7 @@ class Pruning:
             tensor=lambda row, layer: cut.tensor(row, layer, read),
             writes=ranks.first,
         )
+        read = source.read  # the model that was trained goes
         ranks.meet()  # it is there
         after = by_domain(session.measure(session.load(source.at(self.folder))))
         record.write("held_out", step=session.settings.steps, of="cut", **after)
@@ -226,8 +227,8 @@ class Pruning:
     def learn(
         self, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
     ) -> tuple[Cut, tuple[str, ...], int, Reader]:
-        """Trains masks, and weights unless they are frozen: the cut, what missed its target, the tokens that it took,
-        the weights to cut.
+        """Trains masks, and weights or adapters on them unless masks alone learn: the cut, what missed its target, the
+        tokens that it took, the weights to cut.
 
         `scores` and the losses `before` are the source's.
         """
@@ -243,9 +244,11 @@ class Pruning:
             ranks=ranks,
             dtype=session.dtype,
             compute=session.settings.autocast,
-            first=lambda model: session.freeze(model, source),
+            adapters=session.adapters,
         )
         model: Any = attached.model
+        if session.adapters is None:
+            model.requires_grad_(not session.frozen)
         over_ranks = (lambda gradient: ranks.add_up(gradient) / ranks.count) if ranks.count > 1 else None
         term = LearnedMasks(attached, gates, over_ranks=over_ranks)
         distilled = self.teaching.objective(session, under=attached) if self.teaching else None
@@ -257,8 +260,8 @@ class Pruning:
             term.settle()
             return session.losses(model)
 
-        learns = not session.frozen or session.lora_rank
-        weights = [adamw(model.parameters(), lr=session.lr, bits=self.asked.bits)] if learns else []
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        weights = [adamw(learned, lr=session.lr, bits=self.asked.bits)] if learned else []
         optimizers = (*weights, *gates.optimizers())
         starts = nn.ParameterDict({axis: nn.Parameter(score, requires_grad=False) for axis, score in scores.items()})
         held = Held(model, optimizers, {"gates": gates, "scores": starts})
@@ -295,8 +298,10 @@ class Pruning:
         return cut, misses, state.tokens, self.read(model)
 
     def read(self, model: Any) -> Reader:
-        """The weights to cut: those learned, or the source's, with what adapters add."""
-        return merging(self.source.read, model) if self.session.frozen else self.source.reader(model)
+        """The weights to cut: those learned, or the source's with what adapters have."""
+        if self.session.adapters:
+            return merged(model, self.source.read)
+        return self.source.read if self.session.frozen else self.source.reader(model)
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
         """What shearling.json says of the result."""

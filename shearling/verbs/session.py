@@ -27,14 +27,14 @@ from shearling.recipe import Training
 from shearling.train.checkpointing import checkpointing
 from shearling.train.eight_bit import check_8bit
 from shearling.train.liger import check_liger, use_liger
-from shearling.train.lora import RATE, adapt, check_lora
 from shearling.train.objective import NextToken, Objective
-from shearling.train.optim import default_lr
+from shearling.train.optim import default_adapters_lr, default_lr
 from shearling.train.schedule import cosine, trapezoid
 from shearling.train.step import Draw, Log, OnStep, Settings, State
 from shearling.verbs.sinks import check_sinks
 from shearling.verbs.source import Source
 from shearling.verbs.together import Evenly, dealt, load
+from shearling.weights.adapters import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Session:
     mixture: Mixture
     ranks: Ranks = ALONE
     frozen: bool = False  # the weights of what is trained
-    lora_rank: int | None = None  # of the adapters that are trained then
+    adapters: Adapters | None = None  # on them, that are trained then
     compiled: bool = False
     steering: Steered | None = None
     notes: tuple[str, ...] = ()
@@ -94,10 +94,8 @@ class Session:
         source.check_store(store)
         check_sinks(asked.sinks)
         device = device or choose_device(asked.device)
-        if asked.lora_rank:
-            check_lora(ranks)
         if asked.bits == 8:
-            check_8bit(device, ranks.count)
+            check_8bit(device, ranks)
         if asked.kernels == "liger":
             check_liger(device, str(source.config["model_type"]))
         seq_len = asked.seq_len or source.seq_len()
@@ -134,8 +132,9 @@ class Session:
             pin=device.startswith("cuda"),
         )
         mixture = _starting(asked, store)
-        rate = asked.lr or default_lr(source.parameters) * (RATE if asked.lora_rank else 1.0)
-        session = cls(settings, feed, device, rate, asked.eval_windows, mixture, ranks, asked.frozen, asked.lora_rank)
+        adapters = Adapters.asked(asked.lora_rank, asked.seed)
+        rate = asked.lr or (default_adapters_lr if adapters else default_lr)(source.parameters)
+        session = cls(settings, feed, device, rate, asked.eval_windows, mixture, ranks, asked.frozen, adapters)
         often = max(min(steps // UPDATES, most_between_updates), _windows_apart(mixture, sequences))
         every = asked.mixture.every or max(1, min(often, steps // 2))
         return replace(session, notes=session._end_notes(), compiled=asked.compile, steering=_unaimed(asked, every))
@@ -206,15 +205,10 @@ class Session:
         """Of the weights of what is trained, in memory."""
         return torch.bfloat16 if self.frozen else torch.float32
 
-    def load(self, source: Source, *, dtype: torch.dtype = torch.float32) -> Any:
+    def load(self, source: Source, *, dtype: torch.dtype = torch.float32, adapters: Adapters | None = None) -> Any:
         """A model to train or to measure."""
-        return load(source, device=self.device, ranks=self.ranks, dtype=dtype, compute=self.settings.autocast)
-
-    def freeze(self, model: Any, source: Source) -> None:
-        """Has only what is to be trained ask for gradients, adapters put on where they are that."""
-        model.requires_grad_(not self.frozen)
-        if self.lora_rank:
-            adapt(model, source.family, source.config, rank=self.lora_rank, seed=self.feed.seed)
+        compute = self.settings.autocast
+        return load(source, device=self.device, ranks=self.ranks, dtype=dtype, compute=compute, adapters=adapters)
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)

@@ -1,6 +1,6 @@
 """What a verb does with several processes: one of them owns the stage, all of them share the models."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shearling.loss.cross_entropy import token_losses
 from shearling.loss.held_out import Sums, Windows
@@ -16,6 +17,7 @@ from shearling.ranks.ranks import Ranks
 from shearling.ranks.sharded import device_of, inside, shard
 from shearling.stage import Stage
 from shearling.verbs.source import Source
+from shearling.weights.adapters import Adapters
 from shearling.weights.model import empty_model, load_model
 
 T = TypeVar("T", bound=Windows)
@@ -38,13 +40,20 @@ def is_done(stage: Stage, ranks: Ranks) -> bool:
 
 
 def load(
-    source: Source, *, device: str, ranks: Ranks, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None
+    source: Source,
+    *,
+    device: str,
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    adapters: Adapters | None = None,
 ) -> Any:
-    """A source's model, shared out if there are several ranks, which then compute in `compute`."""
-    if ranks.mesh is None:
-        return load_model(source.folder, dtype=dtype, device=device)
-    model = empty_model(source.folder, dtype=dtype)
-    _share(model, source, device, ranks, compute)
+    """A source's model, frozen under `adapters` if there are any; shared out if there are several ranks, which then
+    compute in `compute`.
+    """
+    model, _ = _plain(source, device, ranks, dtype, adapters)
+    if ranks.mesh is not None:
+        _share(model, source, device, ranks, compute, adapters)
     return model
 
 
@@ -56,25 +65,41 @@ def load_under_masks(
     ranks: Ranks,
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
-    first: Callable[[Any], None] = lambda model: None,
+    adapters: Adapters | None = None,
 ) -> Attached:
-    """The same with masks on it along `axes`, once `first` has been done to it."""
-    if ranks.mesh is None:
-        model = load_model(source.folder, dtype=dtype, device=device)
-        first(model)
-        return Attached(model, source.family, config=source.config, axes=axes)
-    model = empty_model(source.folder, dtype=dtype)
-    first(model)
-    attached = Attached(model, source.family, config=source.config, axes=axes, device=torch.device(device))
-    _share(model, source, device, ranks, compute)
+    """The same with masks on it along `axes`."""
+    model, adapted = _plain(source, device, ranks, dtype, adapters)
+    where = torch.device(device) if ranks.mesh is not None else None
+    attached = Attached(model, source.family, config=source.config, axes=axes, device=where, adapted=adapted)
+    if ranks.mesh is not None:
+        _share(model, source, device, ranks, compute, adapters)
     return attached
 
 
-def _share(model: Any, source: Source, device: str, ranks: Ranks, compute: torch.dtype | None) -> None:
+def _plain(
+    source: Source, device: str, ranks: Ranks, dtype: torch.dtype, adapters: Adapters | None
+) -> tuple[Any, Collection[str]]:
+    """A source's model, still to be filled if there are several ranks, and the paths of its linears with adapters."""
+    if ranks.mesh is None:
+        model = load_model(source.folder, dtype=dtype, device=device)
+    else:
+        model = empty_model(source.folder, dtype=dtype)
+    return model, adapters.add(model, source.family, source.config) if adapters else ()
+
+
+def _share(
+    model: Any, source: Source, device: str, ranks: Ranks, compute: torch.dtype | None, adapters: Adapters | None
+) -> None:
     rows = {row.at(layer): (row, layer) for row, layer in source.family.named(source.config)}
-    shard(
-        model, source.blocks(), read=lambda name: source.read(*rows[name]), ranks=ranks, device=device, compute=compute
-    )
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def plain(name: str) -> Tensor:
+        return source.read(*rows[name])
+
+    def read(name: str) -> Tensor:
+        return adapters.read(name, shapes[name], plain) if adapters else plain(name)
+
+    shard(model, source.blocks(), read=read, ranks=ranks, device=device, compute=compute)
 
 
 @dataclass(frozen=True)

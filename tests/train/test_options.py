@@ -1,11 +1,14 @@
 """Options that not every machine has what it takes for: refused before the start, with what to take instead."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_models import small
 from torch import nn
 
 from shearling.errors import UserError
+from shearling.ranks.ranks import ALONE, Ranks
 from shearling.recipe import Prune, validated
 from shearling.train import eight_bit, liger
 from shearling.train.eight_bit import begun, check_8bit, moment_bytes, parts
@@ -15,19 +18,21 @@ from shearling.train.optim import adamw, set_rates
 
 def test_moments_in_8_bits_need_one_rank_torchao_and_a_compiler(monkeypatch) -> None:
     monkeypatch.setattr(eight_bit, "find_spec", lambda name: object())
-    with pytest.raises(UserError, match="found 2 ranks; expected one; take adamw"):
-        check_8bit("cuda", 2)
+    mesh: Any = object()
+    for ranks, found in ((Ranks(count=2, mesh=mesh), "2 ranks"), (Ranks(mesh=mesh, offload=True), "offload")):
+        with pytest.raises(UserError, match=f"found {found}; expected one process without it; take adamw"):
+            check_8bit("cuda", ranks)
     with pytest.raises(UserError, match="found mps; expected cuda or cpu"):
-        check_8bit("mps", 1)
+        check_8bit("mps", ALONE)
     monkeypatch.setenv("CXX", "c++")
-    check_8bit("cpu", 1)
+    check_8bit("cpu", ALONE)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX")
     with pytest.raises(UserError, match=r"found no C\+\+ compiler"):
-        check_8bit("cpu", 1)
+        check_8bit("cpu", ALONE)
     monkeypatch.setattr(eight_bit, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"found no torchao; .*shearling\[int8\]"):
-        check_8bit("cpu", 1)
+        check_8bit("cpu", ALONE)
 
 
 def test_moments_take_what_is_said() -> None:

@@ -59,6 +59,18 @@ def test_masks_are_learned_alike(tmp_path, model_folder, store_folder, ask_prune
     assert of(tmp_path / "two", "cut")[0]["kept"] == of(tmp_path / "one", "cut")[0]["kept"]
 
 
+def test_adapters_learn_alike(tmp_path, model_folder, store_folder, ask_prune, ask_heal):
+    """Weights are in bfloat16 on both sides, so as alike as that rounding leaves it."""
+    options = {"steps": 8, "lora_rank": 4, "lr": 4e-3, "micro_sequences": 1}
+    for name, verb, asked in (("prune", prune, ask_prune(**options)), ("heal", heal, ask_heal(**options))):
+        verb = partial(verb, str(model_folder), data=str(store_folder), asked=asked)
+        one = verb(out=str(tmp_path / name / "one"))
+        both = on_ranks(lambda verb=verb, name=name: verb(out=str(tmp_path / name / "two")))
+        assert both[0].losses == both[1].losses == pytest.approx(dict(one.losses), abs=0.02)
+        steps = [of(tmp_path / name / ranks, "step") for ranks in ("one", "two")]
+        assert steps[0][0]["loss"] == pytest.approx(steps[1][0]["loss"], rel=1e-3)
+
+
 def test_fault_13_healing_goes_on_from_one_rank_to_two_to_one(tmp_path, cut, store_folder, ask_heal):
     """With a teacher that is sharded too, its streams and a mixture that follows losses, over twenty steps."""
     asked = ask_heal(steps=20, **EVERYTHING)

@@ -100,6 +100,14 @@ def test_moments_in_8_bits(tmp_path, wide, store_folder, ask_heal):
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
 
 
+def test_healing_by_adapters(tmp_path, cut, store_folder, ask_heal):
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=8, save_every=2, lora_rank=4))
+    assert apart(partial(verb, out=str(tmp_path / "calm"))) == 0
+    assert len(set(chained(verb, tmp_path / "killed", [3, 3, 3]))) == 3
+    assert weights(tmp_path / "killed") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_fault_05_a_signal_lets_the_step_end_and_saves(tmp_path, cut, store_folder, ask_heal, number):
     verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6))
