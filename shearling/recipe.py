@@ -136,6 +136,9 @@ class Training(Section):
         if self.activation_checkpointing == "selective" and self.compile:  # which hides what is to be kept
             found, change = "selective with compile", "take full, or leave compile out"
             raise UserError("activation_checkpointing", found=found, expected="one of them", change=change)
+        if self.kernels == "liger" and self.compile:
+            change = "leave one of them out: compile fuses the same operations"
+            raise UserError("kernels", found="liger with compile", expected="one of them", change=change)
         if self.teacher.hidden and self.compile:
             change = "leave one of them out"  # hooks set on a compiled model aren't run
             raise UserError("teacher.hidden", found="it with compile", expected="one of them", change=change)

@@ -9,7 +9,7 @@ from torch import nn
 
 from shearling.errors import UserError
 from shearling.ranks.ranks import ALONE, Ranks
-from shearling.recipe import Prune, validated
+from shearling.recipe import Heal, Prune, validated
 from shearling.train import eight_bit, liger
 from shearling.train.eight_bit import begun, check_8bit, moment_bytes, parts
 from shearling.train.liger import check_liger, use_liger
@@ -61,6 +61,8 @@ def test_liger_needs_cuda_itself_and_no_masks(monkeypatch) -> None:
     monkeypatch.setattr(liger, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"shearling\[liger\]"):
         check_liger("cuda", "llama")
+    with pytest.raises(UserError, match="kernels: found liger with compile; expected one of them"):
+        validated(Heal, {"kernels": "liger", "compile": True})
     with pytest.raises(UserError, match="kernels: found liger with masks; expected torch"):
         validated(Prune, {"to": "hidden_size=8", "kernels": "liger"})
 
