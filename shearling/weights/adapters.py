@@ -96,6 +96,6 @@ def merged(model: nn.Module, read: Read) -> Read:
         if adapted is None:
             return base
         with torch.no_grad():
-            return base.float() + gathered(adapted.get_delta_weight("default")).cpu()
+            return base + gathered(adapted.get_delta_weight("default")).cpu()  # in the wider dtype, float32
 
     return tensor

@@ -10,6 +10,7 @@ from shearling.masks.attach import Attached
 from shearling.train.checkpointing import checkpointing as recomputing
 from shearling.train.objective import NextToken
 from shearling.train.rehearsal import Ledger, _grouped, pretending, rehearse
+from shearling.weights.adapters import Adapters
 from shearling.weights.pretend import whole_windows, without_weights
 
 
@@ -51,13 +52,14 @@ def test_casts_of_weights_moves_and_what_is_held() -> None:
     assert len(last) == 1
 
 
-def taken(model, made, *, masked: bool, autocast, accumulates: bool) -> dict[str, int]:
+def taken(model, made, *, masked: bool, autocast, accumulates: bool, adapters=None) -> dict[str, int]:
     ledger = Ledger("cpu")
+    adapted = adapters.add(model, made.family, made.config) if adapters else ()
     ledger.hold(model.parameters(), "weights")
     if masked:
         axes = [axis for axis in MASKABLE if axis in made.shape.axes]
         with ledger, ledger.part("masks"):
-            attached = Attached(model, made.family, config=made.config, axes=axes)
+            attached = Attached(model, made.family, config=made.config, axes=axes, adapted=adapted)
             masks = {a: torch.ones(mask_shape(a, made.shape.axes), requires_grad=True) for a in axes}
             attached.set(masks, support=masks)
     ids = torch.zeros(3, 33, dtype=torch.int64)
@@ -97,6 +99,20 @@ def test_pretended_is_as_real(tmp_path, masked, checkpointing, autocast, accumul
         assert pretended["gradients"] == 4 * parameters
     if autocast is not None and not masked:
         assert pretended["casts"] > 0
+
+
+@pytest.mark.parametrize(("masked", "autocast"), [(False, None), (True, torch.bfloat16)])
+def test_pretended_is_as_real_with_adapters(tmp_path, masked, autocast) -> None:
+    made = small("llama", vocab=200, tied=True)
+    made.model.config.save_pretrained(tmp_path)
+
+    def of(model) -> dict[str, int]:
+        return taken(model, made, masked=masked, autocast=autocast, accumulates=True, adapters=Adapters(4, 0))
+
+    with pretending("cpu"), whole_windows():
+        pretended = of(without_weights(tmp_path, dtype=torch.bfloat16))
+    assert pretended == of(without_weights(tmp_path, dtype=torch.bfloat16))
+    assert pretended["weights"] == 2 * sum(p.numel() for p in made.model.parameters()) + pretended["gradients"]
 
 
 @pytest.mark.parametrize("kind", ["forward", "weight's gradient"])

@@ -134,6 +134,7 @@ def test_refused_with_what_was_found_needed_and_would_fit(trained, monkeypatch) 
     )
     assert "a teacher in bfloat16 (teacher.dtype) (0.00 GB); no teacher" in change
     assert "--save-every 5 (no checkpoints)" in change
+    assert "--lora-rank 16" in change
 
 
 def test_where_only_all_together_or_nothing_fits(trained, monkeypatch) -> None:
