@@ -37,7 +37,6 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "teacher": ({"teacher": {"share": 0.5}}, ()),
     "teacher, 8 bits": ({"teacher": {"share": 0.5, "weights": "int8"}}, ()),
     "LoRA, rank 16": ({"lora_rank": 16}, LORA_RATES),
-    "LoRA, rank 64": ({"lora_rank": 64}, LORA_RATES),
 }
 
 

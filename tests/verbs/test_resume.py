@@ -45,6 +45,7 @@ def eager_backend(monkeypatch):
     """Compiled without code being generated, which takes a minute."""
     compiled = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def chained(verb, out: Path, steps: list[int]) -> list[int]:
@@ -89,7 +90,7 @@ def test_fault_03_masks_and_multipliers(tmp_path, model_folder, store_folder, as
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
 
 
-def test_moments_in_8_bits(tmp_path, wide, store_folder, ask_heal):
+def test_moments_in_8_bits(tmp_path, wide, store_folder, ask_heal, eager_backend):
     """Of a model with tensors that are large enough for them."""
     pytest.importorskip("torchao")
     asked = ask_heal(steps=5, save_every=1, optimizer="adamw8bit")
