@@ -150,11 +150,11 @@ class Bench:
         return TINY if self.tiny else SIZES[name]
 
 
-def made(bench: Bench, name: str) -> Any:
+def made(size: Size, device: torch.device) -> Any:
     """A model of this size with random weights."""
-    config = {k: v for k, v in bench.size(name).config().items() if k not in ("model_type", "dtype")}
+    config = {k: v for k, v in size.config().items() if k not in ("model_type", "dtype")}
     torch.manual_seed(0)
-    with torch.device(bench.device):
+    with device:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config), dtype=torch.float32)
 
 
@@ -173,7 +173,7 @@ class Steps:
     ):
         size, device = bench.size(name), bench.device
         config = size.config()
-        self.model: Any = made(bench, name).eval()
+        self.model: Any = made(size, device).eval()
         if liger:
             use_liger(self.model)
         family = family_of(config)
@@ -285,7 +285,7 @@ def trainer(bench: Bench, *, compiled: bool) -> Found:
     ratios = []
     for _ in range(rounds):
         _free()
-        seconds = theirs(made(bench, "135m"), ids, bench.work, **same, **options)
+        seconds = theirs(made(size, bench.device), ids, bench.work, **same, **options)
         ratios.append(seconds / ours(bench.stretch)["seconds_per_step"])
     return {"over_trainer": statistics.median(ratios), "each": ratios}
 
@@ -356,10 +356,7 @@ def inputs(bench: Bench, name: str) -> tuple[Path, Path]:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE(vocab={"</s>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-        config = (TINY if name == "tiny" else bench.size(name)).config()
-        torch.manual_seed(0)
-        made = AutoConfig.for_model("llama", **{k: v for k, v in config.items() if k not in ("model_type", "dtype")})
-        AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(model)
+        made(TINY if name == "tiny" else bench.size(name), torch.device("cpu")).save_pretrained(model)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(model)
         words = Path(__file__).read_text(encoding="utf-8").split()
         lines = (json.dumps({"text": " ".join(words[i : i + 300])}) + "\n" for i in range(0, len(words), 20))

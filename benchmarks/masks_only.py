@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from shearling.verbs.data import make_store
 from shearling.verbs.prune import prune
 from shearling.weights.folder import resolve
 
+T = TypeVar("T")
 STEPS, DOMAINS = 8, ("stories", "code", "wiki")
 SMALL = {"hidden_size": 384, "num_hidden_layers": 20, "num_attention_heads": 6, "num_key_value_heads": 2}
 TRAINING = {"seq_len": 256, "batch_tokens": 1024, "micro_sequences": 1, "eval_windows": 4, "eval_every": 0}
@@ -55,8 +57,8 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
 
 
-def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """One prune, in this process."""
+def taking(work: Callable[[], T]) -> tuple[T, int, int]:
+    """What some work gives, the most that this process held meanwhile, and what it held before."""
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -66,9 +68,16 @@ def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[st
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    found = prune(model, data=store, out=out, asked=validated(Prune, {**asked, "method": "masks", "device": "cpu"}))
+    found = work()
     done.set()
     watcher.join()
+    return found, peak, before
+
+
+def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """One prune, in this process."""
+    section = validated(Prune, {**asked, "method": "masks", "device": "cpu"})
+    found, peak, before = taking(lambda: prune(model, data=store, out=out, asked=section))
     losses = list(found.losses.values())
     memory = json.loads((Path(out) / "record.jsonl").read_text().splitlines()[0])["memory"]
     return {
@@ -80,22 +89,28 @@ def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[st
     }
 
 
-def apart(model: str, store: str, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The same in a process of its own, done once."""
-    said = out.with_suffix(".json")
+def apart(model: str, store: str, out: Path, asked: dict[str, Any], *, script: str = __file__) -> dict[str, Any]:
+    """What a script has measured in a process of its own, done once."""
+    said = out.with_name(f"{out.name}.json")
     if not said.exists():
-        words = [sys.executable, __file__, "--one", model, store, str(out), json.dumps(asked)]
+        words = [sys.executable, script, "--one", model, store, str(out), json.dumps(asked)]
         said.write_text(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     return json.loads(said.read_text())
 
 
-def main(model: str, texts: Path, work: Path) -> None:
+def made_store(model: str, texts: Path, work: Path) -> str:
+    """The token store of DOMAINS, in a model's tokens."""
     corpus, store = work / "corpus", str(work / "store")
     corpus.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
         if not (corpus / domain).exists():
             (corpus / domain).symlink_to(texts.resolve() / domain)
     make_store(validated(Data, {"inputs": [str(corpus)]}), tokenizer=model, out=store)
+    return store
+
+
+def main(model: str, texts: Path, work: Path) -> None:
+    store = made_store(model, texts, work)
     found: dict[str, Any] = {}
     for number, (name, options) in enumerate(ASKED.items()):
         asked = {**TRAINING, "to": {**SMALL, "intermediate_size": 1024}, "steps": STEPS, "lr": 5e-4, **options}

@@ -8,19 +8,16 @@ memory, sampled, above what the imports take. No checkpoints. CPU offload needs 
 """
 
 import json
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from masks_only import DOMAINS, SMALL, anonymous_bytes
+from masks_only import SMALL, apart, made_store, taking
 
-from shearling.recipe import Data, Heal, Prune, validated
+from shearling.recipe import Heal, Prune, validated
 from shearling.record import read, versions
-from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
 
@@ -46,40 +43,15 @@ def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[st
     import torchao.optim  # noqa: F401
 
     section = validated(Heal, {**asked, "device": "cpu", "save_every": STEPS + 1})
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    found = heal(model, data=store, out=out, asked=section)
-    done.set()
-    watcher.join()
+    found, peak, before = taking(lambda: heal(model, data=store, out=out, asked=section))
     losses = list(found.losses.values())
     memory = next(event["memory"] for event in read(Path(out) / "record.jsonl") if "memory" in event)
     taken = {"above_imports_bytes": peak - before, "estimated_bytes": memory["total_bytes"]}
     return {"loss": sum(losses) / len(losses), **taken, "flops": found.flops}
 
 
-def apart(model: str, store: str, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The same in a process of its own, done once."""
-    said = out.with_name(f"{out.name}.json")
-    if not said.exists():
-        words = [sys.executable, __file__, "--one", model, store, str(out), json.dumps(asked)]
-        said.write_text(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-    return json.loads(said.read_text())
-
-
 def main(model: str, texts: Path, work: Path) -> None:
-    corpus, store, cut = work / "corpus", str(work / "store"), work / "cut"
-    corpus.mkdir(parents=True, exist_ok=True)
-    for domain in DOMAINS:
-        if not (corpus / domain).exists():
-            (corpus / domain).symlink_to(texts.resolve() / domain)
-    make_store(validated(Data, {"inputs": [str(corpus)]}), tokenizer=model, out=store)
+    store, cut = made_store(model, texts, work), work / "cut"
     to = {**SMALL, "intermediate_size": 1024}
     asked = {**TRAINING, "steps": 24, "to": to, "method": "activation", "calibration_windows": 64, "device": "cpu"}
     pruned = prune(model, data=store, out=str(cut), asked=validated(Prune, asked))
@@ -89,7 +61,8 @@ def main(model: str, texts: Path, work: Path) -> None:
         tried = {}
         for rate in rates or (best,):
             out = work / f"{name.replace(', ', '-').replace(' ', '-')}-{rate}"
-            tried[rate] = apart(str(cut), store, out, {**TRAINING, "steps": STEPS, "lr": rate, **options})
+            asked = {**TRAINING, "steps": STEPS, "lr": rate, **options}
+            tried[rate] = apart(str(cut), store, out, asked, script=__file__)
             print(name, rate, tried[rate], flush=True)
         chosen = min(tried, key=lambda rate: tried[rate]["loss"])
         best = chosen if name == PLAIN else best

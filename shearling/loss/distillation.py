@@ -130,10 +130,11 @@ class _Blended(torch.autograd.Function):
         to_hidden, to_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if to_hidden else None
         dweight: Tensor | None = None
+        alone = torch.compile(_alone) if compiled else _alone
         for rows in chunks(len(hidden)):
             h, counts = hidden[rows].to(dtype), asked[rows].unsqueeze(-1).to(dtype)
             if taught is None:
-                ce[rows], grad = (torch.compile(_alone) if compiled else _alone)(h, plain, known[rows], cap)
+                ce[rows], grad = alone(h, plain, known[rows], cap)
             else:
                 log_q = logits_of(h, plain, cap)
                 slope = None if cap is None else 1 - (log_q / cap).square_()

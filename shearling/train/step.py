@@ -1,7 +1,7 @@
 """What a training run is made of: its settings, its state, and who takes part in a step."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -66,8 +66,8 @@ class State:
         in_a_row, in_all = (0, 0) if self.skipped is None else self.skipped.unbind()
         skipped = torch.stack([(in_a_row + 1) * left_out, in_all + left_out]).long()
         step, tokens = self.step + 1, self.tokens + settings.batch_tokens
-        found = replace(self, step=step, tokens=tokens, sampler=sampler, tally=tally, skipped=skipped)
-        return replace(found, micro_sequences=settings.micro_sequences)
+        micro = settings.micro_sequences
+        return State(step, tokens, sampler, self.mixture, tally, skipped, micro)
 
 
 class Term(Protocol):

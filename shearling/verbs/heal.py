@@ -27,7 +27,6 @@ from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done
-from shearling.weights.adapters import merged
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ class Healing:
         with keeping:
             model, before, states = self.heal(keeping, watch)
         layers = tuple(range(source.shape["num_hidden_layers"]))
-        tensor = merged(model, source.read) if first.adapters else source.reader(model)
+        tensor = first.reader(source, model)
         source.save(
             self.folder,
             shape=source.shape,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from shearling.axes.count import parameters
 from shearling.axes.index import Kept, select
 from shearling.axes.shape import Shape
-from shearling.axes.table import Tensor as Row
 from shearling.axes.target import resolve_target
 from shearling.cut.extract import Cut
 from shearling.cut.importance import Importance, measure
@@ -39,11 +38,9 @@ from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
 from shearling.verbs.together import entered, is_done, load_under_masks
-from shearling.weights.adapters import merged
+from shearling.weights.adapters import Read
 
 log = logging.getLogger(__name__)
-
-Reader = Callable[[Row, int | None], Tensor]  # of a table's tensors
 
 PAPER_TOKENS = 420_000_000  # Sheared-LLaMA: 3,200 steps of 32 x 4,096 tokens
 TOKENS_PER_PARAMETER = 4
@@ -226,7 +223,7 @@ class Pruning:
 
     def learn(
         self, scores: Mapping[str, Tensor], before: dict[str, Any], keeping: Keeping, watch: Watch
-    ) -> tuple[Cut, tuple[str, ...], int, Reader]:
+    ) -> tuple[Cut, tuple[str, ...], int, Read]:
         """Trains masks, and weights or adapters on them unless masks alone learn: the cut, what missed its target, the
         tokens that it took, the weights to cut.
 
@@ -295,13 +292,7 @@ class Pruning:
         record.write("held_out", step=steps, of="masked", **by_domain(session.measure(model)))
         record.write("masks", **{axis: mask.tolist() for axis, mask in masks.items()})
         cut = Cut(source.family, source.config, self.target, kept, masks=masks)
-        return cut, misses, state.tokens, self.read(model)
-
-    def read(self, model: Any) -> Reader:
-        """The weights to cut: those learned, or the source's with what adapters have."""
-        if self.session.adapters:
-            return merged(model, self.source.read)
-        return self.source.read if self.session.frozen else self.source.reader(model)
+        return cut, misses, state.tokens, session.reader(source, model)
 
     def origin(self, kept: Kept, result: Pruned) -> dict[str, Any]:
         """What shearling.json says of the result."""

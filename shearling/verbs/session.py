@@ -34,7 +34,7 @@ from shearling.train.step import Draw, Log, OnStep, Settings, State
 from shearling.verbs.sinks import check_sinks
 from shearling.verbs.source import Source
 from shearling.verbs.together import Evenly, dealt, load
-from shearling.weights.adapters import Adapters
+from shearling.weights.adapters import Adapters, Read, merged
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +209,12 @@ class Session:
         """A model to train or to measure."""
         compute = self.settings.autocast
         return load(source, device=self.device, ranks=self.ranks, dtype=dtype, compute=compute, adapters=adapters)
+
+    def reader(self, source: Source, model: Any) -> Read:
+        """The weights that training ends with: those learned, or the source's with what adapters have."""
+        if self.adapters:
+            return merged(model, source.read)
+        return source.read if self.frozen else source.reader(model)
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
