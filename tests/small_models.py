@@ -27,6 +27,7 @@ def small(
     vocab: int = 40,
     tied: bool = False,
     biases: bool = False,
+    eps: float = 1e-5,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Small:
@@ -43,7 +44,7 @@ def small(
         "vocab_size": vocab,
         "max_position_embeddings": 64,
         "tie_word_embeddings": tied,
-        "rms_norm_eps": 1e-5,
+        "rms_norm_eps": eps,
         **(FLAGS.get(model_type, {}) if biases else {}),
     }
     made = random_model(family_of(config), config, name=model_type, seed=seed)

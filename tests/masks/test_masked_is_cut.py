@@ -38,6 +38,9 @@ def cases(draw: Any) -> tuple[Small, Shape, int]:
         intermediate=draw(st.integers(1, 24)),
         tied=draw(st.booleans()),
         biases=draw(st.booleans()),
+        # Over one or two values that are nearly nothing a norm multiplies fp32's rounding by up to eps ** -0.5. With
+        # 1e-5 one cut of a thousand would round by more than is allowed, masks or none.
+        eps=1e-2,
         seed=draw(st.integers(0, 9)),
     )
     new_kv, new_group = draw(st.integers(1, kv_heads)), draw(st.integers(1, group))
