@@ -529,10 +529,18 @@ def _terminated(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def _quiet_about_kernels() -> None:
+    """transformers imports torchao wherever it is installed, and that says which of its kernels aren't for here."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(lambda record: "Detected no triton" not in str(record.msg))
+
+
 def main() -> None:
     """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, SIGTERM with 143, else with 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("shearling").setLevel(logging.INFO)
+    _quiet_about_kernels()
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all; what goes wrong on another it says itself
         logging.getLogger("shearling").setLevel(logging.ERROR)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

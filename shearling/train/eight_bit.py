@@ -6,6 +6,7 @@ their moments as they are.
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +27,8 @@ def adamw_8bit(groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[floa
     """On such groups of parameters, without weight decay."""
     from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
+    # Its steps are compiled anew in each process, which that warning is about.
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement", UserWarning)
     return AdamW8bit(groups, lr=lr, betas=betas, weight_decay=0.0, block_size=BLOCK)
 
 
