@@ -3,8 +3,9 @@
     python benchmarks/kills.py WORK_FOLDER [--kills 200] [--seed 0]    prints, and writes benchmarks/kills.json
 
 Chains: a verb runs in a process of its own that gets SIGKILL at a moment drawn evenly over the undisturbed run's time,
-three times in a row, each time begun again by the same call, and then to its end. Processes are forked from one that
-has loaded torch; those of chains that compile (by inductor) too. Every loss, mixture and mask in the record is compared
+three times in a row, each time begun again by the same call, and then to its end. Of every second chain that compiles
+(by inductor), which is most of its time, the moments are drawn after the process has saved once. Processes are forked
+from one that has loaded torch. Every loss, mixture and mask in the record is compared
 as hex floats, the weights by their sha256.
 """
 
@@ -72,6 +73,8 @@ def verbs(work: Path) -> dict[str, Verb]:
         "heal, distilled": (heal, cut, Heal, {**base, "teacher": teacher}),
         "heal, dynamic mixture": (heal, cut, Heal, {**base, "mixture": dynamic}),
         "heal, phases": (heal, cut, Heal, {**base, "steps": None, "phases": phases}),
+        "prune, adapters": (prune, model, Prune, {**pruning, "lora_rank": 4}),
+        "heal, 8-bit moments": (heal, cut, Heal, {**base, "optimizer": "adamw8bit"}),
     }
     found = {}
     for name, (verb, source, section, options) in asked.items():
@@ -100,10 +103,36 @@ def where(out: Path) -> str:
     return "training" if any(partly.glob("checkpoints/step-*")) else "before the first checkpoint"
 
 
-def chain(verb: Verb, out: Path, seconds: float, draw: random.Random) -> Iterator[str]:
-    """Kills it on the way to its end, and says where that was each time."""
+def saved(out: Path) -> set[str]:
+    """The names of its checkpoints."""
+    return {folder.name for folder in out.with_name(f"{out.name}.partial").glob("checkpoints/step-*")}
+
+
+def until_saved(process: Any, out: Path, already: set[str]) -> None:
+    """Returns once it has saved anew, or has ended."""
+    while process.is_alive() and not saved(out) - already:
+        sleep(0.01)
+
+
+def timed(verb: Verb, out: Path) -> tuple[float, float]:
+    """Seconds of a run that nobody disturbs, and of what comes after its first checkpoint."""
+    shutil.rmtree(out, ignore_errors=True)
+    before = perf_counter()
+    process = started(partial(verb, out=str(out)))
+    until_saved(process, out, set())
+    saved_at = perf_counter()
+    process.join()
+    assert process.exitcode == 0, f"{out.name}: exit code {process.exitcode}"
+    return perf_counter() - before, perf_counter() - saved_at
+
+
+def chain(verb: Verb, out: Path, seconds: float, draw: random.Random, *, late: bool) -> Iterator[str]:
+    """Kills it on the way to its end, and says where that was each time. Seconds: of all, or if late after a save."""
     for _ in range(IN_A_ROW):
+        already = saved(out)
         process = started(partial(verb, out=str(out)))
+        if late:
+            until_saved(process, out, already)
         sleep(draw.uniform(0, seconds))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -129,22 +158,19 @@ def main() -> None:
     known = verbs(asked.work)
     eager = [name for name in known if not name.endswith("compiled")]
     order = [*eager, *eager, *eager, *(name for name in known if name not in eager)]
-    calm: dict[str, tuple[float, str, str]] = {}
+    calm: dict[str, tuple[float, float, str, str]] = {}
     turn = 0
     while sum(sum(places.values()) for places in kills.values()) < asked.kills:
         name = order[turn % len(order)]
         out = asked.work / f"run-{turn}"
         if name not in calm:
             undisturbed = asked.work / f"calm-{len(calm)}"
-            for _ in range(2):  # the second time, if it compiles, from inductor's cache, as all that follow
-                shutil.rmtree(undisturbed, ignore_errors=True)
-                before = perf_counter()
-                process = started(partial(known[name], out=str(undisturbed)))
-                process.join()
-                assert process.exitcode == 0, f"{name}: exit code {process.exitcode}"
-            calm[name] = perf_counter() - before, weights(undisturbed), digest(undisturbed)
-        seconds, expected, told = calm[name]
-        places = Counter(chain(known[name], out, seconds, draw))
+            timed(known[name], undisturbed)  # if it compiles, into inductor's cache, for all that follow
+            seconds, after = timed(known[name], undisturbed)
+            calm[name] = seconds, after, weights(undisturbed), digest(undisturbed)
+        seconds, after, expected, told = calm[name]
+        late = name.endswith("compiled") and turn // len(order) % 2 == 1
+        places = Counter(chain(known[name], out, after if late else seconds, draw, late=late))
         kills[name] = kills.get(name, Counter()) + places
         if out.exists() and (weights(out), digest(out)) != (expected, told):
             differing.append({"verb": name, "run": out.name})

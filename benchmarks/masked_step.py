@@ -20,11 +20,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shearling.arch import family_of
-from shearling.axes.axis import MASKABLE, mask_shape
+from shearling.axes.axis import mask_shape
 from shearling.axes.shape import shape_of
 from shearling.axes.target import resolve_target
 from shearling.loss.cross_entropy import next_token_loss
 from shearling.masks.attach import Attached
+from shearling.masks.gates import cut_axes
 from shearling.masks.learned import LearnedMasks
 from shearling.masks.options import Options
 from shearling.masks.relaxations import make_gates
@@ -74,10 +75,9 @@ class Steps:
             half = {"hidden_size": s["hidden"] // 2, "num_hidden_layers": s["layers"] // 2}
             half |= {"num_key_value_heads": 2, "num_attention_heads": 2, "intermediate_size": s["inner"] // 2}
             target, _ = resolve_target(family, shape, half)
-            scores = {axis: torch.rand(mask_shape(axis, shape.axes)) for axis in MASKABLE}
+            scores = {axis: torch.rand(mask_shape(axis, shape.axes)) for axis in cut_axes(shape, target)}
             options = Options(relaxation=relaxation)
             gates = make_gates(shape, target, scores=scores, options=options, steps=1000, seed=0)
-            assert gates.axes == MASKABLE
             self.term = LearnedMasks(Attached(self.model, family, config=config, axes=gates.axes), gates)
             self.optimizers += gates.optimizers()
         if compiled:
