@@ -34,9 +34,10 @@ from shearling.weights.writer import Entry, write
 
 log = logging.getLogger(__name__)
 
-FORMAT = {"format": "shearling-checkpoint", "version": 1}
+FORMAT = {"format": "shearling-checkpoint", "version": 2}
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"step-(\d+)")
+DAMAGED = ".damaged"  # after the name of one that an older one was used instead of
 CODES = {getattr(torch, name): code for code, (_, name) in DTYPES.items()}
 
 
@@ -133,25 +134,40 @@ class Checkpoints:
         self._check_room((self.keep + 1 - min(self.keep, len(self._numbers()))) * nbytes)
 
     def newest(self) -> Saved | None:
-        """The newest that is whole and this run's; what is newer and damaged is said and removed.
+        """The newest that is whole and this run's, or None where there is none at all.
 
-        Every rank comes here, and reads its share of the files.
+        What is newer and damaged is said, and put aside. Raises UserError where none of them can be used, or one can't
+        be read for another reason than that a file is missing; nothing is touched then. Every rank comes here, and
+        reads its share of the files.
         """
         if self.ranks.first:
             for left in (*self.folder.glob("*.new"), *self.folder.glob("*.old")):
                 shutil.rmtree(left)
         self.ranks.meet()
+        damaged: list[Path] = []
         for number in sorted(self._numbers(), reverse=True):
             folder = self._at(number)
-            wrong = self._wrong(folder)
-            if any(self.ranks.any(wrong is not None)):
-                self.notes.append(f"checkpoint {folder} isn't used: {wrong or 'another rank found it damaged'}")
-                log.warning(self.notes[-1])
-                if self.ranks.first:
-                    self._remove(folder)
-                continue
-            return self._open(folder, number)
+            wrong = self.ranks.together(lambda folder=folder: self._wrong(folder))
+            if not any(self.ranks.any(wrong is not None)):
+                self.ranks.by_the_first(lambda: self._put_aside(damaged))
+                return self._open(folder, number)
+            self.notes.append(f"checkpoint {folder} isn't used: {wrong or 'another rank found it damaged'}")
+            log.warning(self.notes[-1])
+            damaged.append(folder)
+        if damaged:
+            raise UserError(
+                f"checkpoints in {self.folder}",
+                found=f"none of {len(damaged)} that can be used, as said above",
+                expected="one that is as it was written",
+                change="bring one back; or, to begin from nothing, remove that folder",
+            )
         return None
+
+    def _put_aside(self, damaged: Sequence[Path]) -> None:
+        for folder in damaged:
+            aside = folder.with_name(folder.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
 
     @property
     def last(self) -> str:
@@ -226,22 +242,26 @@ class Checkpoints:
         shutil.rmtree(gone)
 
     def _wrong(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, as far as this rank's share of its files tells."""
+        """What is wrong with a checkpoint, as far as this rank's share of its files tells.
+
+        Raises UserError where one can't be read though it is there: a disk that is out of reach damages nothing.
+        """
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            if {key: manifest[key] for key in FORMAT} != FORMAT:
-                return f"{MANIFEST} is of another format"
-            if manifest.pop("own") != _own_sum(manifest):
-                return f"{MANIFEST} isn't what was written"
-            if manifest["run"] != self.run:
-                return "another run saved it"
-            for name in sorted(manifest["sha256"])[self.ranks.rank :: self.ranks.count]:
-                if file_sum(folder / name) != manifest["sha256"][name]:
+            sums = sums_of(folder, self.run)
+            for name in sorted(sums)[self.ranks.rank :: self.ranks.count]:
+                if file_sum(folder / name) != sums[name]:
                     return f"{name} isn't what was written (its sha256 is another)"
+        except Damaged as damaged:
+            return str(damaged)
+        except FileNotFoundError as error:
+            return f"{error.filename} is missing"
         except OSError as error:
-            return f"{error.filename} can't be read ({error.strerror})"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{MANIFEST} is damaged"
+            raise UserError(
+                f"checkpoint {folder}",
+                found=f"{error.filename} can't be read ({error.strerror})",
+                expected="files that can be read",
+                change="look at the disk, then give the same command again; nothing was changed",
+            ) from error
         return None
 
     def _open(self, folder: Path, number: int) -> Saved:
@@ -267,6 +287,35 @@ class Checkpoints:
             expected="room for checkpoints",
             change="free space, choose an --out on another disk, or keep fewer; the last checkpoint is as it was",
         )
+
+
+class Damaged(ValueError):
+    """What a checkpoint's manifest is, other than what was written."""
+
+
+def sums_of(folder: Path, run: str) -> dict[str, str]:
+    """By name the sha256 of each file of a checkpoint that `run` has saved. Raises Damaged, or OSError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if {key: manifest[key] for key in FORMAT} != FORMAT:
+            raise Damaged(f"{MANIFEST} is of another format")
+        if manifest.pop("own") != _own_sum(manifest):
+            raise Damaged(f"{MANIFEST} isn't what was written")
+        if manifest["run"] != run:
+            raise Damaged("another run saved it")
+        return manifest["sha256"]
+    except Damaged:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{MANIFEST} is damaged") from error
+
+
+def state_of(folder: Path, run: str) -> dict[str, Any]:
+    """The plain values of a checkpoint that `run` has saved; nothing else is looked at. Raises Damaged, or OSError."""
+    expected, found = sums_of(folder, run).get(STATE), (folder / STATE).read_bytes()
+    if hashlib.sha256(found).hexdigest() != expected:
+        raise Damaged(f"{STATE} isn't what was written")
+    return json.loads(found)
 
 
 def numbers(folder: Path) -> list[int]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -54,7 +53,6 @@ def train(
     clipped = [p for group in groups if group.get("clip", True) for p in group["params"]]
     others = [p for group in groups if not group.get("clip", True) for p in group["params"]]
     pace = Pace(device, ranks=ranks.count, flops_per_token=flops_per_token, tokens=state.tokens)
-    told = 0 if state.skipped is None else int(state.skipped[1])
     if state.micro_sequences not in (None, settings.micro_sequences):
         log("micro_batch", before=state.micro_sequences, micro_sequences=settings.micro_sequences)
     while state.step < settings.steps:
@@ -84,7 +82,7 @@ def train(
             fields = {**losses.means(), "gradient_norm": float(norm), "lr_share": share, "tokens": state.tokens}
             fields |= pace.figures(state.tokens)
             log("step", step=state.step, **fields, **{k: v for term in terms for k, v in term.metrics().items()})
-            told = _check_skipped(state, losses, settings, log, keep, told)
+            state = _tell_skipped(state, settings, log, keep)
             on_step(state.step, fields, state.mixture.excess)
         if state.step < settings.steps:
             before = perf_counter()
@@ -111,27 +109,27 @@ def _look_up(state: State, settings: Settings, evaluate: Evaluate | None, steeri
     return replace(state, mixture=mixture, tally=None)
 
 
-def _check_skipped(state: State, losses: Losses, settings: Settings, log: Log, keep: Keep | None, told: int) -> int:
-    """Says so if more steps were left out than it has `told` of; gives how many it has told of by now.
+def _tell_skipped(state: State, settings: Settings, log: Log, keep: Keep | None) -> State:
+    """Says so if steps were left out that nobody was told of; the state in which that is done.
 
     Raises UserError if there were too many in a row.
     """
     assert state.skipped is not None
-    in_a_row, in_all = state.skipped.tolist()
-    if in_all == told:
-        return told
-    named = losses.by_domain(settings.domains)["loss"]
-    domains = [d for d, loss in named.items() if loss is not None and not isfinite(loss)]
-    log("skipped", step=state.step, in_a_row=in_a_row, in_all=in_all, domains=domains)
-    if in_a_row >= settings.skip_at_most:
+    in_a_row, in_all, most, last = state.skipped.counts.tolist()
+    if not most:
+        return state
+    domains = [d for d, times in zip(settings.domains, state.skipped.domains.tolist(), strict=True) if times]
+    log("skipped", step=last, in_a_row=in_a_row, in_all=in_all, domains=domains)
+    if most >= settings.skip_at_most:
         of = f" (of the loss of {', '.join(domains)})" if domains else ""
         raise UserError(
             "training",
-            found=f"gradients{of} that aren't finite, in {in_a_row} steps in a row up to step {state.step}",
+            found=f"gradients{of} that aren't finite, in {most} steps in a row up to step {last}",
             expected=f"fewer than {settings.skip_at_most}",
-            change=f"lower --lr, or look at the data; the last good checkpoint: {keep.last if keep else 'none'}",
+            change="look at the data, or begin anew with a lower --lr; the last good checkpoint: "
+            + (keep.last if keep else "none"),
         )
-    return in_all
+    return replace(state, skipped=state.skipped.told())
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from shearling.data.batch import Batch
 from shearling.train.objective import Losses
 from shearling.train.schedule import Schedule
+from shearling.train.skipping import Skipped
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ class MixtureInForce(Protocol):
 class State:
     """Where a run is. With the weights, the optimizers and the terms' own state, all that the next step depends on.
 
-    `tally`: the losses by domain since the mixture was last updated. `skipped` int64 [2]: the steps left out because
-    their gradients weren't finite, in a row by now and in all. `micro_sequences`: windows at a time so far, on which
-    the bits depend.
+    `tally`: the losses by domain since the mixture was last updated. `skipped`: the steps left out because their
+    gradients weren't finite. `micro_sequences`: windows at a time so far, on which the bits depend.
     """
 
     step: int
@@ -57,15 +57,14 @@ class State:
     sampler: Any
     mixture: Any  # a MixtureInForce, which only its Steering looks into
     tally: Losses | None = None
-    skipped: Tensor | None = None
+    skipped: Skipped | None = None
     micro_sequences: int | None = None
 
     def after(self, settings: Settings, sampler: Any, losses: Losses, left_out: Tensor) -> "State":
         """After a step; `left_out` is 1 if it was."""
         tally = losses if self.tally is None else self.tally + losses
-        in_a_row, in_all = (0, 0) if self.skipped is None else self.skipped.unbind()
-        skipped = torch.stack([(in_a_row + 1) * left_out, in_all + left_out]).long()
         step, tokens = self.step + 1, self.tokens + settings.batch_tokens
+        skipped = Skipped.after(self.skipped, step, losses, left_out)
         micro = settings.micro_sequences
         return State(step, tokens, sampler, self.mixture, tally, skipped, micro)
 

@@ -186,7 +186,8 @@ class Healing:
         states = keeping.states(first.device)
         for number in range(max(0, len(states) - 1), len(self.phases)):
             ended, at = states[:number], states[number] if number < len(states) else None
-            kept = keeping.keep(held, ended, losses=before)
+            micro = [phase.session.settings.micro_sequences for phase in self.phases]
+            kept = keeping.keep(held, ended, losses=before, micro_sequences=micro)
             states[number:] = [self.train(held, number, ended, at, kept, record, watch)]
         return model, before, states
 

@@ -1,6 +1,5 @@
 """A training stage kept as it goes: checkpoints, what they hold, how the same command goes on from one, and signals."""
 
-import json
 import logging
 import os
 import shutil
@@ -9,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
@@ -25,9 +25,10 @@ from shearling.ranks.rows import Rows
 from shearling.recipe import Training
 from shearling.record import Record, Unwritten, versions
 from shearling.stage import IDENTITY_FILE
-from shearling.train.checkpoint import STATE, Checkpoints, Saved, numbers
+from shearling.train.checkpoint import Checkpoints, Damaged, Saved, numbers, state_of
 from shearling.train.eight_bit import begun, parts
 from shearling.train.objective import Losses
+from shearling.train.skipping import Skipped
 from shearling.train.step import State
 from shearling.verbs.sinks import Heard, Sinks
 
@@ -44,24 +45,36 @@ def has_checkpoint(partial: Path) -> bool:
 
 
 def micro_batches(partial: Path) -> list[int]:
-    """Of a stage's `.partial`: the windows at a time with which each phase ended or was saved, as far as can be read.
+    """Of a stage's `.partial`: the windows at a time that each phase was saved with or, where it is yet to come, was to
+    have; none where there is nothing to go on from.
 
-    Nothing is checked yet: it is for choosing them again.
+    Of the newest checkpoint whose plain values are as they were written: of the rest nothing is checked yet.
     """
     folder = partial / FOLDER
     for number in sorted(numbers(folder), reverse=True):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            states = json.loads((folder / f"step-{number}" / STATE).read_bytes())["states"]
-            return [int(state["micro_sequences"]) for state in states]
+        with suppress(Damaged, OSError):
+            return micro_sequences(state_of(folder / f"step-{number}", _run(partial)))
     return []
+
+
+def micro_sequences(plain: Mapping[str, Any]) -> list[int]:
+    """What `micro_batches` gives, of a checkpoint's plain values."""
+    begun = [state["micro_sequences"] for state in plain["states"]]
+    return [*begun, *plain["micro_sequences"][len(begun) :]]
+
+
+def _run(folder: Path) -> str:
+    """What a stage's checkpoints know it by."""
+    return sha256((folder / IDENTITY_FILE).read_bytes()).hexdigest()
 
 
 def tidied(keep_every: int | None) -> Callable[[Path], None]:
     """For a finished stage: takes out of its folder the checkpoints that nobody asked to keep."""
 
     def tidy(out: Path) -> None:
+        kept = {f"step-{n}" for n in numbers(out / FOLDER) if keep_every and n % keep_every == 0}
         for found in (out / FOLDER).glob("step-*"):
-            if not (keep_every and int(found.name.partition("-")[2]) % keep_every == 0):
+            if found.name not in kept:
                 shutil.rmtree(found, ignore_errors=True)
         with suppress(OSError):  # those that were asked for are there
             (out / FOLDER).rmdir()
@@ -122,29 +135,34 @@ class Held:
 class Keeping:
     """The checkpoints of one stage in its `folder`, and its record, which goes on where the checkpoint was.
 
-    A context manager around all of its training. While it is open the first SIGTERM or SIGINT has the run finish its
-    step, save, and end by raising Stopped; a second one ends the process at once.
+    A context manager around all of its training, after which the last step is saved too. While it is open the first
+    SIGTERM or SIGINT has the run finish its step, save, and end by raising Stopped; a second one ends the process at
+    once.
     """
 
     def __init__(self, folder: Path, asked: Training, *, sinks: Sinks, ranks: Ranks = ALONE):
-        self.folder, self.every, self.ranks = folder, asked.save_every, ranks
-        run = sha256((folder / IDENTITY_FILE).read_bytes()).hexdigest()
+        self.folder, self.every, self.ranks, self.seed = folder, asked.save_every, ranks, asked.seed
         self.checkpoints = Checkpoints(
-            folder / FOLDER, run=run, ranks=ranks, keep=asked.keep_last, keep_every=asked.keep_every or 0
+            folder / FOLDER, run=_run(folder), ranks=ranks, keep=asked.keep_last, keep_every=asked.keep_every or 0
         )
         self.saved: Saved | None = self.checkpoints.newest()
         ranks.by_the_first(self._clear)
         self.record: Record = Heard(folder / RECORD, sinks) if ranks.first else Unwritten()
         if self.saved:
             self.record.cut(self.saved.plain["record_bytes"])
-            self.record.write("resumed", step=self.saved.number, ranks=ranks.count, versions=versions())
+            before = self.saved.plain["versions"]
+            self.record.write("resumed", step=self.saved.number, ranks=ranks.count, versions=versions(), before=before)
             log.info("going on from step %d, as %s has it", self.saved.number, self.saved.folder)
+            if changed := [f"{name} {before.get(name)}" for name, now in versions().items() if before.get(name) != now]:
+                log.warning("it was saved by %s: the bits may come out other than theirs", ", ".join(changed))
         for note in self.checkpoints.notes:
             self.record.write("checkpoint", note=note)
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
         self._open = ExitStack()
         self._last_save = monotonic()
+        self._last_step = 0
+        self._unsaved: Callable[[], None] | None = None  # saves the last step, if it isn't saved
 
     def _clear(self) -> None:
         """Removes what a process that died has left half done: only checkpoints and the record are gone on from."""
@@ -160,13 +178,30 @@ class Keeping:
         return self
 
     def __exit__(self, kind: Any, error: Any, at: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._open.__exit__(kind, error, at)
-        if self._signal is not None and kind is None:  # it came when the last step was over
-            raise Stopped(
-                self._signal, "stopped after the last step: the same command goes on from the last checkpoint"
-            )
+        try:
+            if kind is None:
+                self._finish()
+        except BaseException as ended:
+            kind, error, at = type(ended), ended, ended.__traceback__
+            raise
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._open.__exit__(kind, error, at)
+
+    def _finish(self) -> None:
+        """Saves the last step unless there were to be fewer checkpoints than one; ends here if that was asked for."""
+        if self._unsaved and (self.every is None or self._last_step >= self.every):
+            self._unsaved()
+        self.checkpoints.wait()
+        (ending,) = self.ranks.any(self._signal is not None)
+        if not ending:
+            return
+        if self._unsaved:
+            self._unsaved()
+            self.checkpoints.wait()
+        goes_on = f"goes on from {self.checkpoints.last}" if has_checkpoint(self.folder) else "begins it again"
+        raise Stopped(self._signal or signal.SIGTERM, f"stopped after the last step: the same command {goes_on}")
 
     def _told(self, number: int, frame: Any) -> None:
         if self._signal is not None:
@@ -199,7 +234,8 @@ class Keeping:
     def keep(self, held: Held, before: Iterable[State] = (), **plain: Any) -> "Kept":
         """For the loop: saves what is held and the state, with those that phases `before` ended in.
 
-        `plain` are values that whoever goes on would otherwise have to find again.
+        `plain` are values that whoever goes on would otherwise have to find again, among them the `micro_sequences` of
+        all phases.
         """
         return Kept(self, held, tuple(before), plain)
 
@@ -209,10 +245,15 @@ class Keeping:
         ending, saving = self.ranks.any(self._signal is not None, is_time)
         return saving or ending, ending
 
+    def passed(self, number: int, save: Callable[[], None]) -> None:
+        """After each step: its number, and what would save it."""
+        self._last_step, self._unsaved = number, save
+
     def save(self, number: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Has it written, and the record up to here with it."""
-        self.checkpoints.save(number, tensors, {**plain, "record_bytes": self.record.nbytes})
-        self._last_save = monotonic()
+        with_it = {"record_bytes": self.record.nbytes, "seed": self.seed, "versions": versions()}
+        self.checkpoints.save(number, tensors, {**plain, **with_it})
+        self._last_save, self._unsaved = monotonic(), None
 
     def end(self, number: int) -> None:
         """Raises Stopped, once what was saved is whole."""
@@ -225,7 +266,8 @@ class Keeping:
         found = {name: tensor.to(device) for name, tensor in self.tensors("state").items()}
         sums = {name.removeprefix("sums."): tensor for name, tensor in found.items() if name.startswith("sums.")}
         tally = Losses(found["total"], sums, found["counts"]) if sums else None
-        return replace(state, tally=tally, skipped=found.get("skipped"))
+        skipped = Skipped(found["skipped.counts"], found["skipped.domains"]) if "skipped.counts" in found else None
+        return replace(state, tally=tally, skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -239,12 +281,16 @@ class Kept:
 
     def __call__(self, state: State) -> None:
         number = sum(phase.step for phase in self.before) + state.step
+        self.keeping.passed(number, partial(self._save, number, state))
         saving, ending = self.keeping.due(number)
         if saving:
-            plain = {**self.plain, "states": [_plain(each) for each in (*self.before, state)]}
-            self.keeping.save(number, {**self.held.tensors(), **_tensors(state)}, plain)
+            self._save(number, state)
         if ending:
             self.keeping.end(number)
+
+    def _save(self, number: int, state: State) -> None:
+        plain = {**self.plain, "states": [_plain(each) for each in (*self.before, state)]}
+        self.keeping.save(number, {**self.held.tensors(), **_tensors(state)}, plain)
 
     @property
     def last(self) -> str:
@@ -269,7 +315,9 @@ def _state(plain: Mapping[str, Any]) -> State:
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {} if state.skipped is None else {"state.skipped": state.skipped}
+    found: dict[str, Tensor] = {}
+    if state.skipped is not None:
+        found |= {"state.skipped.counts": state.skipped.counts, "state.skipped.domains": state.skipped.domains}
     if state.tally is not None:
         found |= {"state.total": state.tally.total, "state.counts": state.tally.counts}
         found |= {f"state.sums.{name}": value for name, value in state.tally.sums.items()}

@@ -277,7 +277,7 @@ class Pruning:
                 terms=[*([distilled] if distilled else []), *([balance] if balance else []), term],
                 evaluate=held_out,
                 steering=session.steering,
-                keep=keeping.keep(held, losses=before),
+                keep=keeping.keep(held, losses=before, micro_sequences=[session.settings.micro_sequences]),
                 log=record.write,
                 on_step=watch("learning masks", steps),
                 ranks=ranks,

@@ -100,8 +100,8 @@ class Session:
             check_liger(device, str(source.config["model_type"]))
         seq_len = asked.seq_len or source.seq_len()
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
-        batch_tokens = asked.batch_tokens or default_batch_tokens(source.parameters, tokens)
-        sequences = _sequences(batch_tokens / seq_len, ranks, asked.batch_tokens)
+        by_default = default_batch_tokens(source.parameters, tokens)
+        sequences = batch_windows(asked.batch_tokens, seq_len=seq_len, by_default=by_default, ranks=ranks)
         steps = asked.steps or max(1, round(tokens / (sequences * seq_len)))
         auto = asked.micro_sequences == "auto"  # then at most the batch: verbs/memory.py says how many
         micro = sequences if auto else asked.micro_sequences or max(1, FORWARD_TOKENS // seq_len)
@@ -137,7 +137,8 @@ class Session:
         session = cls(settings, feed, device, rate, asked.eval_windows, mixture, ranks, asked.frozen, adapters)
         often = max(min(steps // UPDATES, most_between_updates), _windows_apart(mixture, sequences))
         every = asked.mixture.every or max(1, min(often, steps // 2))
-        return replace(session, notes=session._end_notes(), compiled=asked.compile, steering=_unaimed(asked, every))
+        notes = (*_batch_notes(asked.batch_tokens, settings), *session._end_notes())
+        return replace(session, notes=notes, compiled=asked.compile, steering=_unaimed(asked, every))
 
     def towards(self, references: Mapping[str, float] | None, said: str) -> "Session":
         """The same, its mixture steered towards `references`, or constant where there are none; `said` is why."""
@@ -370,20 +371,29 @@ def _starting(asked: Training, store: Store) -> Mixture:
     return Mixture.starting({d: w for d in store.domains for w in [(weights or by_size(store))[d]]})
 
 
-def _sequences(wanted: float, ranks: Ranks, asked: int | None) -> int:
-    """Windows in a batch, as many on each rank. Raises UserError where another number was asked for."""
-    found = max(1, round(wanted))
-    nearest = max(1, round(wanted / ranks.count)) * ranks.count
-    if asked is not None and found % ranks.count:
+def batch_windows(asked: int | None, *, seq_len: int, by_default: int, ranks: Ranks) -> int:
+    """Windows in a batch of `asked` tokens, or of about as many as there are by default: then a power of two, the same
+    for any number of ranks. Raises UserError where the ranks don't divide it.
+    """
+    found = 2 ** int(log2(max(1.0, by_default / seq_len))) if asked is None else max(1, round(asked / seq_len))
+    if found % ranks.count:
         below, above = found // ranks.count * ranks.count, -(-found // ranks.count) * ranks.count
-        each = asked / found
+        said = f"{found * seq_len} by default" if asked is None else str(asked)
         raise UserError(
             "batch_tokens",
-            found=f"{asked}, {found} windows on {ranks.count} ranks",
+            found=f"{said}, {found} windows on {ranks.count} ranks",
             expected=f"a multiple of {ranks.count} windows",
-            change=" or ".join(f"{round(n * each)} tokens ({n} windows)" for n in (below, above) if n),
+            change=" or ".join(f"{n * seq_len} tokens ({n} windows)" for n in (below, above) if n),
         )
-    return nearest
+    return found
+
+
+def _batch_notes(asked: int | None, settings: Settings) -> tuple[str, ...]:
+    """What a batch comes to, if that isn't what was asked for."""
+    found = settings.batch_tokens
+    if asked in (None, found):
+        return ()
+    return (f"a batch has {settings.batch_sequences} windows, {found} tokens; asked for were {asked}",)
 
 
 def _windows_apart(mixture: Mixture, sequences: int) -> int:

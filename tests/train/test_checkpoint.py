@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent whenever the process dies, known by their sums, and never more than the disk holds."""
 
+import errno
 import json
 import os
 import shutil
@@ -137,7 +138,33 @@ def test_fault_10_a_damaged_one_is_passed_over_and_said(tmp_path, damage, name):
     check(checkpoints.newest(), 1)
     assert len(checkpoints.notes) == 1
     assert f"{tmp_path}/step-2 isn't used" in checkpoints.notes[0]
-    assert not (tmp_path / "step-2").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2.damaged"]
+
+
+def test_fault_10_where_none_is_whole_nothing_is_touched(tmp_path):
+    save(tmp_path, 1, 2)
+    for number in (1, 2):
+        (tmp_path / f"step-{number}" / "state.json").write_bytes(b"")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match="none of 2 that can be used"):
+        opened(tmp_path).newest()
+    assert files(tmp_path) == before
+
+
+def test_a_disk_out_of_reach_damages_nothing(tmp_path, monkeypatch):
+    """What can't be read just now is no reason to give it up."""
+    save(tmp_path, 1, 2)
+    before = files(tmp_path)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shearling.train.checkpoint.file_sum", fail)
+        with pytest.raises(UserError, match=r"step-2.*Input/output error.*nothing was changed"):
+            opened(tmp_path).newest()
+    assert files(tmp_path) == before
+    check(opened(tmp_path).newest(), 2)
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +185,15 @@ def test_fault_11_every_flipped_bit_is_found(two, data):
     try:
         check(opened(two).newest(), 1)
     finally:
+        shutil.rmtree(two / "step-2.damaged", ignore_errors=True)
         shutil.copytree(spare, two / "step-2", dirs_exist_ok=True)
 
 
 def test_fault_45_what_another_run_saved_is_not_used(tmp_path):
     save(tmp_path, 1)
     other = Checkpoints(tmp_path, run="another", ranks=ALONE)
-    assert other.newest() is None
+    with pytest.raises(UserError, match="none of 1"):
+        other.newest()
     assert "another run saved it" in other.notes[0]
 
 

@@ -41,14 +41,15 @@ class BrokenAt:
 class OutOfMemoryOnce:
     """Next tokens, but at more windows than so many there is no memory for the second half of a batch."""
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, error: RuntimeError | None = None):
         self.most, self.plain, self.seen = most, NextToken(2), []
+        self.error = error or torch.OutOfMemoryError("injected")
 
     def __call__(self, model, batch):
         self.seen.append(len(batch))
         if len(batch) > self.most:
             (self.plain(model, batch).total * 7).backward()  # what the failed step leaves
-            raise torch.OutOfMemoryError("injected")
+            raise self.error
         return self.plain(model, batch)
 
 
@@ -60,6 +61,8 @@ def run(
     objective=None,
     skip_at_most: int = 10,
     halves: bool = False,
+    log_every: int = 1,
+    eval_every: int = 2,
 ):
     made = small("llama", tied=True)
     events: list[tuple[str, dict]] = []
@@ -70,10 +73,11 @@ def run(
         micro_sequences=micro,
         domains=("a", "b"),
         schedule=partial(trapezoid, warmup=0.25, decay=0.5),
-        eval_every=2,
+        eval_every=eval_every,
         autocast=autocast,
         skip_at_most=skip_at_most,
         halves=halves,
+        log_every=log_every,
     )
     held = {"a": [HeldOut(tokens(40, seed=99))]}
     state = train(
@@ -261,7 +265,7 @@ def test_fault_21_a_step_without_finite_gradients_changes_nothing() -> None:
     made = small("llama", tied=True)
     model, state, events = run(micro=4, steps=1, objective=BrokenAt(1))
     assert state.skipped is not None
-    assert state.skipped.tolist() == [1, 1]
+    assert state.skipped.counts[:2].tolist() == [1, 1]
     for before, after in zip(made.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(before, after)
     assert [fields for event, fields in events if event == "skipped"] == [
@@ -270,20 +274,33 @@ def test_fault_21_a_step_without_finite_gradients_changes_nothing() -> None:
 
     model, state, events = run(micro=4, steps=6, objective=BrokenAt(2, 3, 5), skip_at_most=3)
     assert state.skipped is not None
-    assert (state.step, state.skipped.tolist()) == (6, [0, 3])
+    assert (state.step, state.skipped.counts[:2].tolist()) == (6, [0, 3])
     said = [(fields["step"], fields["in_a_row"], fields["in_all"]) for event, fields in events if event == "skipped"]
     assert said == [(2, 1, 1), (3, 2, 2), (5, 1, 3)]
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+    # Told when a step is logged, of what came before.
+    _, _, events = run(micro=4, steps=9, objective=BrokenAt(2, 3, 7), log_every=5, eval_every=0)
+    assert [fields for event, fields in events if event == "skipped"] == [
+        {"step": 3, "in_a_row": 0, "in_all": 2, "domains": ["b"]},
+        {"step": 7, "in_a_row": 0, "in_all": 3, "domains": ["b"]},
+    ]
 
 
 def test_fault_22_so_many_of_them_in_a_row_end_the_run() -> None:
     told = r"of the loss of b\) that aren't finite, in 3 steps in a row up to step 4; .*the last good checkpoint: none"
     with pytest.raises(UserError, match=told):
         run(micro=4, steps=6, objective=BrokenAt(2, 3, 4), skip_at_most=3)
+    with pytest.raises(UserError, match="in 3 steps in a row up to step 3"):  # and a good one before it is told
+        run(micro=4, steps=6, objective=BrokenAt(1, 2, 3), skip_at_most=3, log_every=5, eval_every=0)
 
 
-def test_a_micro_batch_too_large_is_halved_and_nothing_else_changes() -> None:
-    objective = OutOfMemoryOnce(1)
+CPU_IS_FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), RuntimeError(CPU_IS_FULL)])
+def test_a_micro_batch_too_large_is_halved_and_nothing_else_changes(error) -> None:
+    objective = OutOfMemoryOnce(1, error)
     halved, _, events = run(micro=4, objective=objective, halves=True)
     assert objective.seen == [4, 2, *[1] * 16]
     said = [fields for event, fields in events if event == "micro_batch"]
@@ -298,5 +315,5 @@ def test_a_micro_batch_too_large_is_halved_and_nothing_else_changes() -> None:
 
 @pytest.mark.parametrize(("micro", "halves"), [(4, False), (1, True)])
 def test_out_of_memory_where_nothing_can_be_halved(micro, halves) -> None:
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match=f"none left, with {micro} windows at a time"):
         run(micro=micro, objective=OutOfMemoryOnce(0), halves=halves)

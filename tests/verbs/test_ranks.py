@@ -10,12 +10,14 @@ import pytest
 from killed import apart, killed_at, weights
 from two_ranks import on_ranks
 
+from shearling.data.store import Store
 from shearling.errors import UserError
 from shearling.ranks.ranks import Ranks
 from shearling.record import read
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
-from shearling.verbs.session import _sequences
+from shearling.verbs.session import Session, batch_windows
+from shearling.verbs.source import Source
 
 pytestmark = pytest.mark.slow  # processes that are killed and begun again
 
@@ -150,8 +152,22 @@ def test_two_groups_that_each_hold_a_model(tmp_path, cut, store_folder, ask_heal
 
 
 def test_a_batch_that_ranks_can_not_share_names_those_that_they_can():
+    windows = partial(batch_windows, seq_len=128, by_default=1000)
     with pytest.raises(
         UserError, match=r"a multiple of 4 windows; 1024 tokens \(8 windows\) or 1536 tokens \(12 windows\)"
     ):
-        _sequences(1280 / 128, Ranks(0, 4), 1280)
-    assert _sequences(1280 / 128, Ranks(0, 4), None) == 8
+        windows(1280, ranks=Ranks(0, 4))
+    with pytest.raises(UserError, match=r"512 by default, 4 windows on 8 ranks; .*; 1024 tokens \(8 windows\)"):
+        windows(None, ranks=Ranks(0, 8))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_batch_nobody_asked_for_is_the_same_on_any_number_of_ranks(count):
+    assert batch_windows(None, seq_len=128, by_default=1000, ranks=Ranks(0, count)) == 4
+
+
+def test_a_batch_is_whole_windows_and_says_so(cut, store_folder, ask_heal):
+    source, store = Source.open(str(cut)), Store.open(store_folder)
+    planned = partial(Session.plan, source=source, store=store, default_tokens=0, most_between_updates=1, device="cpu")
+    assert planned(ask_heal(batch_tokens=100)).notes == ("a batch has 3 windows, 96 tokens; asked for were 100",)
+    assert planned(ask_heal(batch_tokens=96)).notes == ()
