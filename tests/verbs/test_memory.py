@@ -22,6 +22,7 @@ from shearling.teacher.options import Options
 from shearling.train.room import Room
 from shearling.verbs import memory
 from shearling.verbs.heal import heal
+from shearling.verbs.keeping import micro_batches
 from shearling.verbs.memory import Need, Trained
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
@@ -213,6 +214,36 @@ def test_an_automatic_micro_batch_stays_while_it_fits(
     fewer = with_room(needs[4] - 1, "fewer")
     told = [event for event in read(fewer / "record.jsonl") if event["event"] == "micro_batch"]
     assert [(event["before"], event["micro_sequences"]) for event in told] == [(4, 2)]
+
+
+def test_it_stays_in_phases_yet_to_come(tmp_path, monkeypatch, model_folder, store_folder, ask_heal, trained) -> None:
+    asked = ask_heal(
+        micro_sequences="auto", batch_tokens=128, save_every=1, steps=None, phases=[{"steps": 3}, {"steps": 3}]
+    )
+    need = trained(micro_sequences=4, batch_tokens=128).need().on("cpu")
+    verb = partial(heal, str(model_folder), data=str(store_folder), asked=asked)
+
+    def with_room(nbytes: int, out: str, **options) -> Path:
+        monkeypatch.setattr(memory, "room_on", lambda device: Room(nbytes, "a test"))
+        return verb(out=str(tmp_path / out), **options).out
+
+    calm = with_room(10**9, "calm")
+    with pytest.raises(Stopped):
+        with_room(10**9, "out", watch=killed_at(2, signal.SIGTERM))
+    out = with_room(need + 1, "out")  # four windows just fit, to begin with it would take two
+    assert (weights(out), losses(out)) == (weights(calm), losses(calm))
+
+
+def test_a_damaged_checkpoint_has_no_say_in_it(tmp_path, model_folder, store_folder, ask_heal) -> None:
+    asked = ask_heal(micro_sequences="auto", batch_tokens=128, save_every=1)
+    verb = partial(heal, str(model_folder), data=str(store_folder), asked=asked, out=str(tmp_path / "out"))
+    with pytest.raises(Stopped):
+        verb(watch=killed_at(3, signal.SIGTERM))
+    state = tmp_path / "out.partial" / "checkpoints" / "step-3" / "state.json"
+    assert micro_batches(tmp_path / "out.partial") == [4]
+    state.write_text(state.read_text().replace('"micro_sequences": 4', '"micro_sequences": 3'), encoding="utf-8")
+    (tmp_path / "out.partial" / "checkpoints" / "step-2" / "manifest.json").unlink()
+    assert micro_batches(tmp_path / "out.partial") == []
 
 
 @pytest.mark.parametrize("value", [0, "-2", "all", 1.5, True])

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from killed import apart, killed_at, losses, weights
 
-from shearling.errors import UserError
+from shearling.errors import Stopped, UserError
 from shearling.recipe import Data, Recipe, validated
 from shearling.record import Record, read
 from shearling.run import run
@@ -114,8 +116,6 @@ def test_fault_05_a_signal_lets_the_step_end_and_saves(tmp_path, cut, store_fold
     verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6))
 
     def stopped() -> None:
-        from shearling.errors import Stopped
-
         try:
             verb(out=str(tmp_path / "out"), watch=killed_at(3, number))
         except Stopped as told:
@@ -128,6 +128,56 @@ def test_fault_05_a_signal_lets_the_step_end_and_saves(tmp_path, cut, store_fold
     assert [event["step"] for event in events if event["event"] == "resumed"] == [3]
     assert weights(tmp_path / "out") == weights(tmp_path / "calm")
     assert losses(tmp_path / "out") == losses(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("save_every", [None, 100])
+def test_fault_05_a_signal_while_the_masked_model_is_measured(
+    tmp_path, model_folder, store_folder, ask_prune, monkeypatch, save_every
+):
+    """The last step is over then, and it is saved, however seldom that was asked for."""
+    asked = ask_prune(method="masks", steps=4, save_every=save_every)
+    verb = partial(prune, str(model_folder), data=str(store_folder), asked=asked)
+    with signalled_at("masks", monkeypatch), pytest.raises(Stopped, match=r"goes on from .*/step-4"):
+        verb(out=str(tmp_path / "out"))
+    verb(out=str(tmp_path / "out"))
+    verb(out=str(tmp_path / "calm"))
+    assert [e["step"] for e in read(tmp_path / "out" / "record.jsonl") if e["event"] == "resumed"] == [4]
+    assert weights(tmp_path / "out") == weights(tmp_path / "calm")
+
+
+def test_fault_05_a_signal_where_nothing_trains(tmp_path, model_folder, store_folder, ask_prune, monkeypatch):
+    out = str(tmp_path / "out")
+    verb = partial(prune, str(model_folder), data=str(store_folder), out=out, asked=ask_prune(method="activation"))
+    with signalled_at("held_out", monkeypatch), pytest.raises(Stopped, match="begins it again"):
+        verb()
+    assert not Path(out).exists()
+    assert verb().out == Path(out)
+
+
+def test_killed_while_the_result_is_written_no_step_is_lost(tmp_path, cut, store_folder, ask_heal, monkeypatch):
+    out = tmp_path / "out"
+    verb = partial(heal, str(cut), data=str(store_folder), out=str(out), asked=ask_heal(steps=5))
+    with monkeypatch.context() as patched:
+        patched.setattr("shearling.verbs.source.carry", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        assert apart(verb) == -signal.SIGKILL
+    verb()
+    assert [e["step"] for e in read(out / "record.jsonl") if e["event"] == "resumed"] == [5]
+
+
+@contextmanager
+def signalled_at(event: str, monkeypatch) -> Iterator[None]:
+    """This process gets a SIGTERM when an event of this name is first recorded."""
+    with monkeypatch.context() as patched:
+        plain, seen = Record.write, []
+
+        def write(self: Record, name: str, /, **fields) -> None:
+            plain(self, name, **fields)
+            if name == event and not seen:
+                seen.append(name)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(Record, "write", write)
+        yield
 
 
 def test_fault_06_a_second_signal_leaves_at_once(tmp_path, cut, store_folder, ask_heal):
