@@ -41,12 +41,14 @@ class Ranks:
         """Whether this is the one that speaks for all."""
         return self.rank == 0
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether it is up on some rank. Every rank comes here, and waits for the others."""
+    def any(self, *flags: bool, in_step: bool = False) -> tuple[bool, ...]:
+        """Of each flag, whether it is up on some rank. Every rank comes here, and waits for the others: `in_step` for
+        no longer than they may take to a step.
+        """
         if self.count == 1:
             return flags
         found = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=None if in_step else self.group)
         return tuple(bool(flag) for flag in found.tolist())
 
     def meet(self) -> None:
@@ -54,11 +56,11 @@ class Ranks:
         self.any(False)
 
     def sum(self, number: int) -> int:
-        """Of a number on each rank. Every rank comes here."""
+        """Of a number on each rank, in a step. Every rank comes here."""
         if self.count == 1:
             return number
         found = torch.tensor(number)
-        dist.all_reduce(found, group=self.group)
+        dist.all_reduce(found)
         return int(found)
 
     def add_up(self, tensor: Tensor) -> Tensor:

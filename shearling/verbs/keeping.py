@@ -242,7 +242,7 @@ class Keeping:
     def due(self, number: int) -> tuple[bool, bool]:
         """Whether to save now, and whether to end: what any rank wants, all do."""
         is_time = monotonic() - self._last_save > SECONDS_BETWEEN if self.every is None else number % self.every == 0
-        ending, saving = self.ranks.any(self._signal is not None, is_time)
+        ending, saving = self.ranks.any(self._signal is not None, is_time, in_step=True)
         return saving or ending, ending
 
     def passed(self, number: int, save: Callable[[], None]) -> None:
