@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from shearling.data.store import Store
 from shearling.errors import UserError
 from shearling.ranks.ranks import Ranks
 from shearling.record import read
+from shearling.train.checkpoint import numbers
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
 from shearling.verbs.session import Session, batch_windows
@@ -142,6 +144,52 @@ def test_fault_12_a_save_that_fails_on_one_rank_fails_on_both(tmp_path, cut, sto
 
     assert on_ranks(work) == ["another rank could not do its part: see what it said", "no such luck"]
     assert not list((tmp_path / "out.partial" / "checkpoints").iterdir())
+
+
+def test_fault_10_what_is_damaged_of_one_rank_damages_the_checkpoint(tmp_path, cut, store_folder, ask_heal):
+    """The one before is used, and the run ends with the bits of one that nobody disturbed."""
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6, save_every=1))
+    on_ranks(lambda: verb(out=str(tmp_path / "calm")) and None)
+    out, partly = tmp_path / "out", tmp_path / "out.partial"
+    on_ranks(lambda: verb(out=str(out), watch=killed_at(4, saved_in=partly)), code=-signal.SIGKILL)
+    newest = max(numbers(partly / "checkpoints"))
+    shard = partly / "checkpoints" / f"step-{newest}" / "rank-1" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    on_ranks(lambda: verb(out=str(out)) and None)
+    assert [event["step"] for event in of(out, "resumed")] == [newest - 1]
+    assert f"step-{newest} isn't used" in of(out, "checkpoint")[0]["note"]
+    assert weights(out) == weights(tmp_path / "calm")
+
+
+def test_fault_21_gradients_of_one_rank_that_are_not_finite(tmp_path, cut, store_folder, ask_heal):
+    """Both leave that step out; what it counts for, and the steps after it, are as if one process had seen it."""
+    asked = ask_heal(steps=8, log_every=4)
+    verb = partial(heal, str(cut), data=str(store_folder), asked=asked)
+
+    def work(out: str) -> None:
+        import shearling.train.loop as module
+
+        plain, calls = module.inside, []
+
+        def broken(model: Any, objective: Any, batch: Any) -> Any:
+            losses = plain(model, objective, batch)
+            calls.append(None)
+            if len(calls) != 3 or os.environ.get("RANK", "1") == "0":
+                return losses
+            nan = losses.total.detach() * float("nan")
+            return replace(losses, total=losses.total * nan, sums={**losses.sums, "loss": losses.sums["loss"] * nan})
+
+        module.inside = broken
+        verb(out=out)
+
+    assert apart(partial(work, str(tmp_path / "one"))) == 0
+    on_ranks(work, str(tmp_path / "two"))
+    for out in (tmp_path / "one", tmp_path / "two"):
+        (told,) = of(out, "skipped")
+        assert (told["step"], told["in_a_row"], told["in_all"]) == (3, 0, 1)
+        assert told["domains"]
+    for one, two in zip(of(tmp_path / "one", "step")[1:], of(tmp_path / "two", "step")[1:], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 def test_two_groups_that_each_hold_a_model(tmp_path, cut, store_folder, ask_heal):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from killed import apart, killed_at, losses, weights
 
 from shearling.errors import Stopped, UserError
 from shearling.recipe import Data, Recipe, validated
-from shearling.record import Record, read
+from shearling.record import Record, read, versions
 from shearling.run import run
+from shearling.train.checkpoint import Checkpoints
 from shearling.verbs.data import make_store
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
@@ -196,6 +198,63 @@ def test_fault_06_a_second_signal_leaves_at_once(tmp_path, cut, store_folder, as
     assert apart(partial(verb, watch=impatient)) == 143
     assert apart(verb) == 0
     assert [e["step"] for e in read(tmp_path / "out" / "record.jsonl") if e["event"] == "resumed"] in ([2], [4])
+
+
+def test_fault_06_a_second_signal_in_a_save(tmp_path, cut, store_folder, ask_heal, monkeypatch):
+    """The checkpoint before is whole, and from there come the bits of a run that nobody disturbed."""
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6, save_every=2))
+    verb(out=str(tmp_path / "calm"))
+
+    def saving(self, new: Path, number: int, text: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sleep(60)
+
+    def work() -> None:
+        first = killed_at(4, signal.SIGTERM)
+
+        def watch(title: str, steps: int):
+            on_step = first(title, steps)
+
+            def told(step, figures, excess) -> None:
+                if step == 4:
+                    Checkpoints._finish = saving
+                on_step(step, figures, excess)
+
+            return told
+
+        verb(out=str(tmp_path / "out"), watch=watch)
+
+    assert apart(work) == 143
+    assert [path.name for path in (tmp_path / "out.partial" / "checkpoints").glob("step-?")] == ["step-2"]
+    verb(out=str(tmp_path / "out"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "out") == losses(tmp_path / "calm")
+
+
+def test_fault_22_the_checkpoint_that_is_named_can_be_gone_on_from(tmp_path, cut, store_folder, ask_heal, monkeypatch):
+    asked = ask_heal(steps=16, save_every=1, eval_every=0)
+    verb = partial(heal, str(cut), data=str(store_folder), asked=asked, out=str(tmp_path / "out"))
+    with monkeypatch.context() as patched:
+        norm, calls = torch.nn.utils.clip_grad_norm_, []
+
+        def broken(parameters, most) -> torch.Tensor:
+            calls.append(None)
+            return norm(parameters, most) * (float("nan") if len(calls) > 3 else 1)
+
+        patched.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+        with pytest.raises(UserError, match=r"in 10 steps in a row up to step 13; .*last good checkpoint: .*/step-12"):
+            verb()
+    verb()
+    assert [e["step"] for e in read(tmp_path / "out" / "record.jsonl") if e["event"] == "resumed"] == [12]
+
+
+def test_going_on_with_other_versions_is_said(tmp_path, cut, store_folder, ask_heal, monkeypatch, caplog):
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(save_every=1), out=str(tmp_path / "out"))
+    with monkeypatch.context() as patched:
+        patched.setattr("shearling.verbs.keeping.versions", lambda: {**versions(), "torch": "0.4"})
+        assert apart(partial(verb, watch=killed_at(3))) == -signal.SIGKILL
+    verb()
+    assert "it was saved by torch 0.4" in caplog.text
 
 
 @pytest.mark.parametrize(
