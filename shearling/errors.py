@@ -1,10 +1,13 @@
 """What a user can put right. The CLI prints these and exits with 2; everything else is our fault and exits with 1."""
 
+import errno
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from math import isfinite
 from typing import Any
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # what the system calls it
 
 
 class UserError(ValueError):

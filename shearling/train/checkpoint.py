@@ -8,7 +8,6 @@ A folder gets that name by one rename, once everything in it is on the disk. No 
 but sums say who wrote a file as little as names do, so weights from elsewhere come in as models, never as checkpoints.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -19,18 +18,19 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shearling.errors import UserError
+from shearling.errors import FULL_DISK, UserError
 from shearling.ranks.ranks import Ranks
 from shearling.ranks.rows import Rows
 from shearling.stage import sync
 from shearling.weights.header import DTYPES, TensorInfo, read_header
-from shearling.weights.writer import Entry, write
+from shearling.weights.writer import DiskFull, Entry, write
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Checkpoints:
     def save(self, number: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Copies what this rank has to save, and has it written while the caller goes on.
 
-        Raises what went wrong with the one before. UserError, with the bytes needed, where there is no room.
+        Raises what went wrong with the one before. UserError, with the bytes of all ranks, where there is no room.
         """
         self.wait()
         rows = {name: Rows.of(tensor, self.ranks) for name, tensor in tensors.items()}
@@ -120,8 +120,11 @@ class Checkpoints:
             name: (part.start, part.local.detach().to("cpu", copy=True)) for name, part in rows.items() if part.mine
         }
         text = json.dumps(plain, allow_nan=False)
-        self._check_room(sum(copy.nbytes for _, copy in copies.values()) + len(text))
-        self._written = self._pool.submit(self._write, number, copies, text)
+        own = sum(copy.nbytes for _, copy in copies.values()) + (len(text) if self.ranks.first else 0)
+        needed = self.ranks.sum(own)
+        full = partial(self._full, f"checkpoint {self._at(number)}", f"room for {needed} bytes")
+        self._check_room(needed, full)
+        self._written = self._pool.submit(self._write, number, copies, text, full)
 
     def wait(self) -> None:
         """Until what is being written is whole. Raises what went wrong, on every rank."""
@@ -129,9 +132,15 @@ class Checkpoints:
         if written is not None:
             written.result()
 
-    def check_room(self, nbytes: int) -> None:
-        """Raises UserError where the disk has no room for all that will be there at once, of so many bytes each."""
-        self._check_room((self.keep + 1 - min(self.keep, len(self._numbers()))) * nbytes)
+    def check_room(self, nbytes: int, *, to_come: int) -> None:
+        """Raises UserError where the disk has no room for all that will be there at once: of each of them this rank has
+        so many bytes, and no more than `to_come` will be written.
+        """
+        count = min(to_come, self.keep + 1 - min(self.keep, len(self._numbers())))
+        needed = self.ranks.sum(count * nbytes)  # they share one disk
+        self._check_room(
+            needed, partial(self._full, f"disk of {self.folder}", f"room for {needed} bytes of checkpoints")
+        )
 
     def newest(self) -> Saved | None:
         """The newest that is whole and this run's, or None where there is none at all.
@@ -181,28 +190,22 @@ class Checkpoints:
     def _at(self, number: int) -> Path:
         return self.folder / f"step-{number}"
 
-    def _write(self, number: int, copies: Mapping[str, tuple[int, Tensor]], text: str) -> None:
+    def _write(
+        self, number: int, copies: Mapping[str, tuple[int, Tensor]], text: str, full: Callable[[str], UserError]
+    ) -> None:
         """Everything that takes time, in a thread. A rank that can't has all of them fail."""
         new, first = self.folder / f"step-{number}.new", self.ranks.first
         try:
-            self._together(lambda: self._start(new) if first else None)
-            self._together(lambda: self._write_rank(new, copies))
-            self._together(lambda: self._finish(new, number, text) if first else None)
+            self._together(lambda: self._start(new) if first else None, full)
+            self._together(lambda: self._write_rank(new, copies), full)
+            self._together(lambda: self._finish(new, number, text) if first else None, full)
         except BaseException:
             if first:
                 shutil.rmtree(new, ignore_errors=True)  # what of it is on a full disk is of no use
             raise
 
-    def _together(self, work: Callable[[], None]) -> None:
-        def told() -> None:
-            try:
-                work()
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise self._full(str(error.strerror)) from error
-
-        self._saving.together(told)
+    def _together(self, work: Callable[[], None], full: Callable[[str], UserError]) -> None:
+        self._saving.together(lambda: _told(work, full))
 
     def _start(self, new: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
@@ -213,7 +216,7 @@ class Checkpoints:
         starts = json.dumps({name: start for name, (start, _) in copies.items() if start})
         folder = new / f"rank-{self.ranks.rank}"
         write(folder, entries, lambda name: copies[name][1], metadata={"format": "pt"})
-        (folder / "starts.json").write_text(starts, encoding="utf-8")
+        _write_synced(folder / "starts.json", starts)
         sums = {f"{folder.name}/{path.name}": file_sum(path) for path in sorted(folder.iterdir())}
         _write_synced(new / f"{folder.name}.json", json.dumps(sums))
 
@@ -230,6 +233,7 @@ class Checkpoints:
             sync(folder)
         os.rename(new, self._at(number))
         sync(self.folder)
+        sync(self.folder.parent)  # where its name is, and the record's
         kept = sorted(self._numbers())[-self.keep :]
         for old in self._numbers():
             if old not in kept and not (self.keep_every and old % self.keep_every == 0):
@@ -274,19 +278,19 @@ class Checkpoints:
                     pieces.setdefault(name, []).append((starts.get(name, 0), info))
         return Saved(folder, number, json.loads((folder / STATE).read_bytes()), pieces)
 
-    def _check_room(self, needed: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if any(self.ranks.any(needed > free)):
-            raise self._full(f"{free} bytes free, {needed} needed")
+    def _check_room(self, needed: int, full: Callable[[str], UserError]) -> None:
+        def check() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise full(f"{free} bytes free")
 
-    def _full(self, found: str) -> UserError:
-        return UserError(
-            f"disk of {self.folder}",
-            found=found,
-            expected="room for checkpoints",
-            change="free space, choose an --out on another disk, or keep fewer; the last checkpoint is as it was",
-        )
+        self.ranks.together(lambda: _told(check, full))
+
+    def _full(self, what: str, expected: str, found: str) -> UserError:
+        last = f"the last checkpoint, {self.last}, is as it was" if self._numbers() else "there is no checkpoint yet"
+        change = f"free space, choose an --out on another disk, or keep fewer; {last}"
+        return UserError(what, found=found, expected=expected, change=change)
 
 
 class Damaged(ValueError):
@@ -322,6 +326,18 @@ def numbers(folder: Path) -> list[int]:
     """Of the checkpoints in a folder."""
     names = os.listdir(folder) if folder.is_dir() else []
     return [int(match[1]) for match in map(NAME.fullmatch, names) if match]
+
+
+def _told(work: Callable[[], None], full: Callable[[str], UserError]) -> None:
+    """Does some work; of a full disk, wherever it shows, what `full` says of it."""
+    try:
+        work()
+    except DiskFull as error:
+        raise full(str(error.found)) from error
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise full(str(error.strerror)) from error
 
 
 def _copy_rows(rows: Rows, first: int, info: TensorInfo) -> None:

@@ -182,7 +182,7 @@ class Healing:
             before = saved.plain["losses"]
         first.prepare(model, self.asked, self.source.blocks())
         held = Held(model, (adamw(model.parameters(), lr=first.lr, bits=self.asked.bits),), {})
-        keeping.take_up(held)
+        keeping.take_up(held, sum(phase.session.settings.steps for phase in self.phases))
         states = keeping.states(first.device)
         for number in range(max(0, len(states) - 1), len(self.phases)):
             ended, at = states[:number], states[number] if number < len(states) else None

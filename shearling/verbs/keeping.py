@@ -225,9 +225,12 @@ class Keeping:
         self.saved.load(found, self.ranks)
         return {name.removeprefix(f"{key}."): tensor for name, tensor in found.items()}
 
-    def take_up(self, held: Held) -> None:
-        """Gives what is held the values that were saved, if any. Raises UserError where checkpoints have no room."""
-        self.checkpoints.check_room(held.nbytes(self.ranks))
+    def take_up(self, held: Held, steps: int) -> None:
+        """Gives what is held the values that were saved, if any. Raises UserError where the checkpoints of a stage of
+        so many steps have no room.
+        """
+        at, every = self.saved.number if self.saved else 0, self.every or 1  # by the clock: one a step at the most
+        self.checkpoints.check_room(held.nbytes(self.ranks), to_come=steps // every - at // every)
         if self.saved:
             held.load(self.saved, self.ranks)
 

@@ -262,7 +262,7 @@ class Pruning:
         optimizers = (*weights, *gates.optimizers())
         starts = nn.ParameterDict({axis: nn.Parameter(score, requires_grad=False) for axis, score in scores.items()})
         held = Held(model, optimizers, {"gates": gates, "scores": starts})
-        keeping.take_up(held)
+        keeping.take_up(held, steps)
         (state,) = keeping.states(session.device) or (session.state(),)
         if keeping.saved is None:
             record.write("mixture", step=0, tokens=0, **session.describe_mixture(state))

@@ -1,6 +1,5 @@
 """Writes safetensors tensor by tensor, so that a model of any size takes the memory of its largest tensor."""
 
-import errno
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shearling.errors import UserError
+from shearling.errors import FULL_DISK, UserError
 from shearling.weights.checkpoint import SINGLE_FILE
 from shearling.weights.config import INDEX_FILE
 from shearling.weights.header import DTYPES
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
+
+
+class DiskFull(UserError):
+    """No room for what was to be written: whoever has it written may know better what that is."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def write(
 
     Shards are filled in the entries' order up to `shard_bytes` of tensors each; a larger tensor gets one of its own.
     `produce(name)` is called once a tensor, shard by shard, within a shard the widest dtypes first, and gives the dtype
-    and shape of the entry. `metadata` defaults to {"format": "pt"}, which transformers asks for. Raises UserError, with
+    and shape of the entry. `metadata` defaults to {"format": "pt"}, which transformers asks for. Raises DiskFull, with
     the bytes needed, where the disk is too full; what was written until then is left for the stage to discard.
     """
     assert len({entry.name for entry in entries}) == len(entries), "a tensor can't be written twice"
@@ -68,7 +71,7 @@ def write(
             _write_index(folder / INDEX_FILE, shard_of, total)
         _sync_folder(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         raise _disk_full(folder, total, f"{error.strerror} ({free} bytes free at the start)") from error
 
@@ -145,8 +148,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_full(folder: Path, needed_bytes: int, found: str) -> UserError:
-    return UserError(
+def _disk_full(folder: Path, needed_bytes: int, found: str) -> DiskFull:
+    return DiskFull(
         f"output folder {folder}",
         found=found,
         expected=f"room for {needed_bytes} bytes of weights",

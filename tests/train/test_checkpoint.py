@@ -3,20 +3,24 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed import apart
+from torch.distributed.tensor import Shard, distribute_tensor
+from two_ranks import on_ranks
 
 from shearling.errors import UserError
-from shearling.ranks.ranks import ALONE
+from shearling.ranks.ranks import ALONE, OnAnotherRank, joined
 from shearling.train.checkpoint import Checkpoints, Saved
 
 TENSORS = {
@@ -225,28 +229,104 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_fault_07_a_full_disk_keeps_the_old_and_names_the_bytes(small_disk):
     save(small_disk / "checkpoints", 1)
     large = {"model.weight": torch.zeros(200_000)}
-    told = r"\d+ bytes free, 800\d\d\d needed.*last checkpoint is as it was"
+    told = (
+        rf"checkpoint {small_disk}/checkpoints/step-2: found \d+ bytes free; expected room for 8000\d\d bytes; .*"
+        rf"the last checkpoint, {small_disk}/checkpoints/step-1, is as it was"
+    )
     with pytest.raises(UserError, match=told), opened(small_disk / "checkpoints") as checkpoints:
         (small_disk / "other").write_bytes(bytes(500_000))
         checkpoints.save(2, large, {})
     check(opened(small_disk / "checkpoints").newest(), 1)
 
 
-def test_fault_07_a_disk_that_fills_up_while_saving(small_disk, monkeypatch):
-    save(small_disk / "checkpoints", 1)
+@pytest.mark.parametrize("noticed", ["before it", "in the midst of it"])
+def test_fault_07_a_disk_that_fills_up_while_saving(small_disk, monkeypatch, noticed):
+    folder = small_disk / "checkpoints"
+    save(folder, 1)
     (small_disk / "other").write_bytes(bytes(800_000))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
-    with pytest.raises(UserError, match="No space left on device"), opened(small_disk / "checkpoints") as checkpoints:
+    frees = iter([10**9, 5 if noticed == "before it" else 10**9])  # as asked at the save, and by who writes tensors
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(frees)))
+    found = "5 bytes free" if noticed == "before it" else "No space left on device .*"
+    told = rf"^checkpoint {folder}/step-2: found {found}; expected room for 8000\d\d bytes; .*{folder}/step-1, is as it"
+    with pytest.raises(UserError, match=told), opened(folder) as checkpoints:
         checkpoints.save(2, {"model.weight": torch.zeros(200_000)}, {})
-    check(opened(small_disk / "checkpoints").newest(), 1)
-    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-1"]
+    check(opened(folder).newest(), 1)
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
+def test_a_full_disk_before_there_is_any(small_disk):
+    (small_disk / "other").write_bytes(bytes(800_000))
+    with pytest.raises(UserError, match="there is no checkpoint yet"), opened(small_disk / "checkpoints") as new:
+        new.save(2, {"model.weight": torch.zeros(200_000)}, {})
+
+
+@pytest.mark.parametrize("noticed", ["before it", "in the midst of it"])
+def test_fault_07_two_ranks_need_room_together(small_disk, noticed):
+    """Each one's share would fit."""
+    folder = small_disk / "checkpoints"
+
+    def work() -> str:
+        if noticed == "in the midst of it":
+            shutil.disk_usage = lambda path: SimpleNamespace(free=10**9)
+        with joined("cpu") as (ranks, _), pytest.raises((UserError, OnAnotherRank)) as told:
+            assert ranks.mesh is not None
+            with Checkpoints(folder, run="this", ranks=ranks) as checkpoints:
+                checkpoints.save(1, {"small": torch.zeros(3)}, {})
+                checkpoints.wait()
+                large = distribute_tensor(torch.zeros(200_000), ranks.mesh, [Shard(0)])
+                if ranks.first:
+                    (small_disk / "other").write_bytes(bytes(500_000))
+                ranks.meet()
+                checkpoints.save(2, {"model.weight": large}, {})
+        return str(told.value)
+
+    found = "No space left on device .*" if noticed == "in the midst of it" else r"\d+ bytes free"
+    told = rf"checkpoint {folder}/step-2: found {found}; expected room for 8000\d\d bytes; .*{folder}/step-1, is as it"
+    said = on_ranks(work)
+    assert any(re.match(told, each) for each in said), said
+    assert all(re.match(rf"{told}|another rank", each) for each in said), said
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
 
 
 def test_fault_09_too_little_room_at_the_start(small_disk):
     with opened(small_disk / "checkpoints") as checkpoints:
-        checkpoints.check_room(300_000)
-        with pytest.raises(UserError, match="bytes free, 1200000 needed"):
-            checkpoints.check_room(400_000)
+        checkpoints.check_room(300_000, to_come=9)
+        with pytest.raises(UserError, match="bytes free; expected room for 1200000 bytes of checkpoints"):
+            checkpoints.check_room(400_000, to_come=9)
+        checkpoints.check_room(400_000, to_come=2)
+        checkpoints.check_room(4_000_000, to_come=0)
+
+
+def test_fault_09_too_little_room_for_two_ranks(small_disk):
+    def work() -> str:
+        with joined("cpu") as (ranks, _), Checkpoints(small_disk / "new", run="this", ranks=ranks) as checkpoints:
+            checkpoints.check_room(150_000, to_come=9)
+            with pytest.raises(UserError) as told:
+                checkpoints.check_room(200_000, to_come=9)
+        return str(told.value)
+
+    assert all("expected room for 1200000 bytes" in said for said in on_ranks(work))
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, checked = {}, []
+    fsync, rename = os.fsync, os.rename
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        stat = os.fstat(descriptor)
+        synced[stat.st_ino] = stat.st_mtime_ns
+
+    def renaming(old: Path, new: Path) -> None:
+        for path in (old, *Path(old).rglob("*")):
+            assert synced.get(path.stat().st_ino) == path.stat().st_mtime_ns, path
+            checked.append(path.name)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    save(tmp_path, 1)
+    assert {"step-1.new", "rank-0", "starts.json", "model.safetensors", "state.json", "manifest.json"} == set(checked)
 
 
 def test_another_shape_is_refused(tmp_path):
