@@ -1,16 +1,20 @@
 """The record of a run: one JSON object a line, appended as things happen."""
 
 import json
+import logging
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from shearling import __version__
-from shearling.errors import UserError
+from shearling.errors import FULL_DISK, UserError
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 
@@ -38,19 +42,34 @@ class Record:
         return os.stat(self.path).st_size
 
     def cut(self, nbytes: int) -> None:
-        """Forgets what was written after it was so long."""
-        os.truncate(self.path, nbytes)
+        """Forgets what was written after it was so long. Where it is shorter it stays as it is, and says so itself."""
+        found = self.nbytes
+        if found >= nbytes:
+            os.truncate(self.path, nbytes)
+            return
+        log.warning("record %s has lost lines: %d bytes of %d are there", self.path, found, nbytes)
+        self.write("record_cut_short", found_bytes=found, expected_bytes=nbytes)
+
+    def sync(self) -> None:
+        """Has what was written so far on the disk. Raises UserError where that is full."""
+        with self._room_for_lines():
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def write(self, event: str, /, **fields: object) -> None:
         """Appends one event, with its time (UTC, ISO 8601), and hands it to the operating system before returning.
 
-        NaN and infinities become the strings "nan", "inf", "-inf", which JSON has no numbers for.
+        NaN and infinities become the strings "nan", "inf", "-inf", which JSON has no numbers for. Raises UserError
+        where the disk is full.
         """
         assert not {"event", "time"} & fields.keys(), "the record sets `event` and `time` itself"
         entry = {"event": event, "time": datetime.now(UTC).isoformat(), **fields}
         line = json.dumps(_plain(entry), allow_nan=False, ensure_ascii=False).encode() + b"\n"
         # Opened anew for each line: nothing to close, and a line is whole or, after a full disk, absent.
-        with open(self.path, "ab", buffering=0) as file:
+        with self._room_for_lines(), open(self.path, "ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
                 while line:
@@ -58,6 +77,20 @@ class Record:
             except OSError:
                 file.truncate(before)
                 raise
+
+    @contextmanager
+    def _room_for_lines(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise UserError(
+                f"record {self.path}",
+                found=error.strerror,
+                expected="room for its lines",
+                change="free space on this disk: the same command goes on from the last checkpoint",
+            ) from error
 
 
 class Unwritten(Record):
@@ -72,6 +105,9 @@ class Unwritten(Record):
 
     def cut(self, nbytes: int) -> None:
         """Nothing is there."""
+
+    def sync(self) -> None:
+        """Nothing is to be there."""
 
     def write(self, event: str, /, **fields: object) -> None:
         """Nothing is kept."""

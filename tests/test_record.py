@@ -59,10 +59,35 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     record.write("one")
     with monkeypatch.context() as patch, open(tmp_path / "r", "ab", buffering=0) as real:
         patch.setattr("builtins.open", lambda *args, **kwargs: _FullDisk(real))
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match=r"record .*/r: found No space left on device; expected room for its lines"):
             record.write("two")
     record.write("three")
     assert [event["event"] for event in read(tmp_path / "r")] == ["one", "three"]
+
+
+def test_cut_forgets_what_came_later(tmp_path):
+    record = Record(tmp_path / "r")
+    record.write("one")
+    nbytes = record.nbytes
+    record.write("two")
+    record.cut(nbytes)
+    record.write("three")
+    assert [event["event"] for event in read(tmp_path / "r")] == ["one", "three"]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_record_that_lost_lines_keeps_the_others_and_says_so(tmp_path, caplog, left):
+    record = Record(tmp_path / "r")
+    for _ in range(left):
+        record.write("one")
+    found = record.nbytes
+    with caplog.at_level("WARNING"):
+        record.cut(found + 1000)
+    record.write("after")
+    events = read(tmp_path / "r")
+    assert [event["event"] for event in events] == ["one"] * left + ["record_cut_short", "after"]
+    assert (events[left]["found_bytes"], events[left]["expected_bytes"]) == (found, found + 1000)
+    assert f"has lost lines: {found} bytes of {found + 1000} are there" in caplog.text
 
 
 class _FullDisk:

@@ -253,7 +253,8 @@ class Keeping:
         self._last_step, self._unsaved = number, save
 
     def save(self, number: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Has it written, and the record up to here with it."""
+        """Has it written, once the record up to here is on the disk: going on cuts it to that length."""
+        self.ranks.by_the_first(self.record.sync)
         with_it = {"record_bytes": self.record.nbytes, "seed": self.seed, "versions": versions()}
         self.checkpoints.save(number, tensors, {**plain, **with_it})
         self._last_save, self._unsaved = monotonic(), None

@@ -1,12 +1,16 @@
 """Killed and gone on from: the same losses and the same weights, to the bit, as of a run that nobody disturbed."""
 
+import errno
+import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,6 +331,79 @@ def test_fault_59_a_run_killed_between_stages_goes_on_with_the_next(tmp_path, mo
         run(Recipe.model_validate({**asked, "out": str(tmp_path / name)}))
     assert {name: (tmp_path / "run" / name / "stage.json").stat().st_mtime_ns for name in done} == done
     assert weights(tmp_path / "run" / "model") == weights(tmp_path / "calm" / "model")
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_record_that_a_power_loss_has_shortened(tmp_path, cut, store_folder, ask_heal, kept):
+    """Some of its lines are gone, and those that are there can be read."""
+    out, record = tmp_path / "out", tmp_path / "out.partial" / "record.jsonl"
+    verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6, save_every=2), out=str(out))
+    assert apart(partial(verb, watch=killed_at(4, saved_in=record.parent))) == -signal.SIGKILL
+    whole = record.read_bytes()
+    record.write_bytes(whole[: int(kept * len(whole))])
+    lines = record.read_bytes().count(b"\n")
+    verb()
+    events = read(out / "record.jsonl")
+    assert [event["event"] for event in events[lines : lines + 2]] == ["record_cut_short", "resumed"]
+    assert events[lines]["found_bytes"] <= kept * len(whole) < events[lines]["expected_bytes"] <= len(whole)
+
+
+def test_what_a_checkpoint_says_of_the_record_is_on_the_disk_before_it(
+    tmp_path, cut, store_folder, ask_heal, monkeypatch
+):
+    synced, found = {}, []
+    fsync, rename = os.fsync, os.rename
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def renaming(old: Path, new: Path) -> None:
+        if Path(new).name.startswith("step-") and Path(old).suffix == ".new":
+            said = json.loads((Path(old) / "state.json").read_bytes())["record_bytes"]
+            record = Path(old).parents[1] / "record.jsonl"
+            found.append(said > 0 and synced.get(record.stat().st_ino, 0) >= said)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    heal(str(cut), data=str(store_folder), out=str(tmp_path / "out"), asked=ask_heal(steps=6, save_every=2))
+    assert found == [True, True, True]
+
+
+def test_fault_09_room_is_asked_for_as_many_checkpoints_as_will_be_written(
+    tmp_path, model_folder, store_folder, ask_heal, monkeypatch
+):
+    """One takes three times the weights' 200 kB."""
+    verb = partial(heal, str(model_folder), data=str(store_folder))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match=r"found 1000000 bytes free; expected room for \d+ bytes of checkpoints"):
+        verb(out=str(tmp_path / "out"), asked=ask_heal(save_every=2))
+    for every in (3, 1000):
+        verb(out=str(tmp_path / f"every {every}"), asked=ask_heal(save_every=every))
+
+
+def test_a_full_disk_at_a_line_of_the_record(tmp_path, cut, store_folder, ask_heal, monkeypatch):
+    """Said as such, and the same command goes on from the last checkpoint once there is room."""
+    verb = partial(
+        heal, str(cut), data=str(store_folder), out=str(tmp_path / "out"), asked=ask_heal(steps=6, save_every=2)
+    )
+    plain, lines, record = os.fsync, [], tmp_path / "out.partial" / "record.jsonl"
+
+    def full(descriptor: int) -> None:
+        if record.exists() and os.path.samestat(os.fstat(descriptor), os.stat(record)):
+            lines.append(descriptor)
+            if len(lines) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        plain(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        told = r"record .*record.jsonl: found No space left on device; expected room for its lines"
+        with pytest.raises(UserError, match=told):
+            verb()
+    verb()
+    assert [event["step"] for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "resumed"] == [2]
 
 
 def test_checkpoints_asked_for_stay(tmp_path, cut, store_folder, ask_heal):
