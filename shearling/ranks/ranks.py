@@ -90,6 +90,17 @@ class Ranks:
         found: Any = self.together(work if early else lambda: None)
         return self.together((lambda: found) if early else work)
 
+    def told(self, work: Callable[[], str]) -> str:
+        """A text that the first finds, on every rank. All come here, and fail if it does."""
+        found = self.together(work if self.first else str).encode()
+        if self.count > 1:
+            raw = torch.zeros(self.sum(len(found)), dtype=torch.uint8)
+            if self.first:
+                raw = torch.tensor(list(found), dtype=torch.uint8)
+            dist.broadcast(raw, 0, group=self.group)
+            found = bytes(raw.tolist())
+        return found.decode()
+
     def by_the_first(self, work: Callable[[], Any]) -> None:
         """Has the first do some work, while the others wait for it."""
         self.together(work if self.first else lambda: None)

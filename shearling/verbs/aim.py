@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from shearling.data.loader import bytes_per_token
 from shearling.errors import UserError
 from shearling.mixture.options import Options
+from shearling.ranks.ranks import Ranks
 from shearling.verbs.reference import load_reference
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
@@ -62,22 +63,25 @@ def source_losses(model: Source, session: Session) -> tuple[Mapping[str, float] 
     origin = model.origin()
     if origin.get("measured") == session.measured_on():
         return origin["pruned"]["source_losses"], "the source's losses, as shearling.json has them"
-    source, why = source_of(model)
+    source, why = source_of(model, session.ranks)
     if source is None:
         return None, why
     return session.losses(session.load(source)), f"the losses of {source.name}, measured now"
 
 
-def source_of(model: Source) -> tuple[Source | None, str]:
-    """The model that this one was sheared from, or why it can't be had."""
+def source_of(model: Source, ranks: Ranks) -> tuple[Source | None, str]:
+    """The model that this one was sheared from, or why it can't be had: on all ranks, if it can't on one."""
     origin = model.origin()
     if "source" not in origin:
         return None, "no shearling.json says what this model was sheared from"
-    name = origin["source"]["name"]
+    name, source, why = origin["source"]["name"], None, "another rank says why"
     try:
         source = Source.open(name, dtype="float32", like=model)  # in whatever dtype it says it is
     except UserError as error:
-        return None, f"its source, {name}, is gone or can't be read ({error})"
+        why = str(error)
+    if any(ranks.any(source is None)) or source is None:
+        return None, f"its source, {name}, is gone or can't be read ({why})"
+    source.identify(ranks)
     if source.fingerprint != origin["source"]["fingerprint"]:
         return None, f"its source, {name}, has changed since"
     return source, ""

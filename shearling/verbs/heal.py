@@ -22,7 +22,7 @@ from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, micro_batches, tidied
 from shearling.verbs.memory import Trained
-from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
+from shearling.verbs.session import Session, Watch, check_contents, choose_device, unwatched, warn_of_end
 from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -73,8 +73,9 @@ def _heal(
     planned = partial(_plan, source=source, device=device, ranks=ranks)
     phases = [planned(phase, data=own or data, same_mixture=same) for phase, own, same in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]
-    own, why = source_of(source) if asked.teacher.wanted else (None, "")
-    teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why)
+    source.identify(ranks)
+    own, why = source_of(source, ranks) if asked.teacher.wanted else (None, "")
+    teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why, ranks=ranks)
     identity = {"verb": "heal", **source.identity(), "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
     identity |= teaching.identity() if teaching else {}
@@ -84,8 +85,7 @@ def _heal(
         return Healed(out=stage.out, done_before=True, **healed)
     before = dict(enumerate(micro_batches(stage.partial)))
     phases = [replace(p, session=_fitting(p, phases, source, teaching, before.get(n))) for n, p in enumerate(phases)]
-    source.check_finite()
-    check_sums(phase.session.feed.store for phase in phases)
+    check_contents(source, (phase.session.feed.store for phase in phases), ranks)
     if teaching:
         for phase in phases:
             teaching.check(phase.session)

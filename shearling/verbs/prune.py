@@ -33,7 +33,7 @@ from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, has_checkpoint, micro_batches, tidied
 from shearling.verbs.memory import Trained
-from shearling.verbs.session import Session, Watch, check_sums, choose_device, unwatched, warn_of_end
+from shearling.verbs.session import Session, Watch, check_contents, choose_device, unwatched, warn_of_end
 from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
 from shearling.verbs.teaching import Teaching
@@ -96,7 +96,8 @@ def _prune(
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
-    teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="")
+    source.identify(ranks)
+    teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="", ranks=ranks)
     identity = {"verb": "prune", **source.identity(), "data": store.digest, "references": references}
     identity |= {**asked.identity(), **(teaching.identity() if teaching else {})}
     stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
@@ -108,8 +109,7 @@ def _prune(
         (before,) = micro_batches(stage.partial) or (None,)
         axes, steps = cut_axes(source.shape, target), session.settings.steps
         session = Trained(source, session, asked, steps, teaching, axes, before).within_memory()
-    source.check_finite()
-    check_sums([store])
+    check_contents(source, [store], ranks)
     if teaching:
         teaching.check(session)
     with entered(stage, ranks) as folder, Sinks(asked.sinks if ranks.first else (), stage.out) as sinks:
@@ -150,7 +150,7 @@ class Pruning:
         """Scores, perhaps learned masks, the cut, and the losses before and after."""
         source, session, ranks = self.source, self.session, self.session.ranks
         keeping = Keeping(self.folder, self.asked, sinks=self.sinks, ranks=ranks)
-        record, misses, flops, read = keeping.record, (), 0.0, source.read
+        record, misses, flops, read = keeping.record, (), 0.0, source.reads(ranks)
         with keeping:
             before, importance = self.before(keeping)
             if self.learns:

@@ -214,8 +214,8 @@ class Session:
     def reader(self, source: Source, model: Any) -> Read:
         """The weights that training ends with: those learned, or the source's with what adapters have."""
         if self.adapters:
-            return merged(model, source.read)
-        return source.read if self.frozen else source.reader(model)
+            return merged(model, source.reads(self.ranks))
+        return source.reads(self.ranks) if self.frozen else source.reader(model)
 
     def evaluate(self, model: Any) -> Callable[[], dict[str, float]]:
         return partial(self.losses, model)
@@ -328,14 +328,20 @@ class Session:
         return drawing
 
 
-def check_sums(stores: Iterable[Store]) -> None:
-    """Reads every local store once. Raises UserError naming the files whose sums aren't the manifest's.
+def check_contents(source: Source, stores: Iterable[Store], ranks: Ranks) -> None:
+    """Reads a model and every local store once, dealt out to the ranks; what one finds has all of them fail.
 
-    One at an address is read in place, so this would fetch all of it: `shearling data --verify` does.
+    Raises UserError for the first tensor that isn't finite, or naming a store's files whose sums aren't the manifest's.
+    A store at an address is read in place, so this would fetch all of it: `shearling data --verify` does.
     """
-    for store in {store.digest: store for store in stores}.values():
-        if not is_remote(str(store.folder)):
-            store.verify()
+
+    def check() -> None:
+        source.check_finite(**dealt(ranks))
+        for store in {store.digest: store for store in stores}.values():
+            if not is_remote(str(store.folder)):
+                store.verify(**dealt(ranks))
+
+    ranks.together(check)
 
 
 def warn_of_end(session: Session, state: State) -> None:

@@ -22,6 +22,7 @@ from shearling.data.store import Store
 from shearling.data.tokenise import fingerprint as tokenizer_fingerprint
 from shearling.data.tokenise import load_tokenizer
 from shearling.errors import UserError
+from shearling.ranks.ranks import Ranks
 from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite, fingerprint
 from shearling.weights.folder import carry, resolve
 from shearling.weights.header import DTYPES
@@ -107,14 +108,23 @@ class Source:
             found.append((piece, weight))
         return assembled(found, row.shape(self.shape.axes))
 
+    def reads(self, ranks: Ranks) -> Callable[[Row, int | None], torch.Tensor]:
+        """`read` for ranks that make the same rows of which the first writes them: for the others zeros will do."""
+        if ranks.first:
+            return self.read
+        return lambda row, layer: torch.zeros(row.shape(self.shape.axes), dtype=self.dtype)
+
     def reader(self, model: Any) -> Callable[[Row, int | None], torch.Tensor]:
         """Reads rows from its model in memory; what is beside that, from disk."""
         held = reader(model)
         return lambda row, layer: self.read(row, layer) if row in self.family.connectors else held(row, layer)
 
-    def check_finite(self) -> None:
-        """Reads every tensor, one at a time. Raises UserError for the first that holds NaN or an infinity."""
-        for name in self.checkpoint.names:
+    def check_finite(self, *, rank: int = 0, ranks: int = 1) -> None:
+        """Reads every tensor, one at a time. Raises UserError for the first that holds NaN or an infinity.
+
+        Of several `ranks` one reads its share of them.
+        """
+        for name in self.checkpoint.names[rank::ranks]:
             check_finite(name, self.checkpoint.read(name))
 
     def at(self, folder: Path) -> "Source":
@@ -132,8 +142,12 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of config and weights. Reads every byte, once."""
+        """Of config and weights. Reads every byte, once; among ranks `identify` comes before it."""
         return fingerprint(self.folder)
+
+    def identify(self, ranks: Ranks) -> None:
+        """Has every rank know the fingerprint, which the first alone finds: its sum goes through all bytes in order."""
+        self.__dict__["fingerprint"] = ranks.told(lambda: self.fingerprint)
 
     def identity(self) -> dict[str, Any]:
         """What a stage that works on this model has of it in its identity."""

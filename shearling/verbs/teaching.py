@@ -13,7 +13,7 @@ from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
 from shearling.loss.streams import Alignment, Weights
 from shearling.masks.attach import Attached
-from shearling.ranks.ranks import Ranks
+from shearling.ranks.ranks import ALONE, Ranks
 from shearling.teacher.cache import Cache, Manifest
 from shearling.teacher.cached import CachedTeacher
 from shearling.teacher.live import LiveTeacher
@@ -58,14 +58,19 @@ class Teaching:
         return cls(options, teacher, Alignment.of(kept, student.family, layers=layers))
 
     @classmethod
-    def wanted(cls, options: Options, *, student: Source, own: Source | None, why: str) -> "Teaching | None":
+    def wanted(
+        cls, options: Options, *, student: Source, own: Source | None, why: str, ranks: Ranks = ALONE
+    ) -> "Teaching | None":
         """The teaching that was asked for, if any, by `own` where no model is named. Raises UserError: see `plan`."""
         if not options.wanted:
             return None
-        teacher = own if options.model is None else Source.open(options.model, like=student)
+        name, teacher = options.model, own
+        if name is not None:
+            teacher = ranks.one_before_others(lambda: Source.open(name, like=student))
         if teacher is None:
             change = "name one: --teacher MODEL"
             raise UserError("teacher", found=why, expected="the model that this one was cut from", change=change)
+        teacher.identify(ranks)
         return cls.plan(options, teacher=teacher, student=student)
 
     def objective(self, session: Session, *, under: Attached | None = None) -> Distilled:

@@ -1,25 +1,33 @@
 """The verbs on two ranks: the same data in the same order, the same losses, whatever happens on the way."""
 
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from killed import apart, killed_at, weights
+from safetensors.torch import load_file, save_file
 from two_ranks import on_ranks
 
 from shearling.data.store import Store
+from shearling.data.store_files import LocalFiles
 from shearling.errors import UserError
-from shearling.ranks.ranks import Ranks
+from shearling.ranks.ranks import OnAnotherRank, Ranks, joined
 from shearling.record import read
 from shearling.train.checkpoint import numbers
+from shearling.verbs import source as sources
+from shearling.verbs.aim import source_of
 from shearling.verbs.heal import heal
 from shearling.verbs.prune import prune
 from shearling.verbs.session import Session, batch_windows
 from shearling.verbs.source import Source
+from shearling.weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow  # processes that are killed and begun again
 
@@ -190,6 +198,97 @@ def test_fault_21_gradients_of_one_rank_that_are_not_finite(tmp_path, cut, store
         assert told["domains"]
     for one, two in zip(of(tmp_path / "one", "step")[1:], of(tmp_path / "two", "step")[1:], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("prune", {"method": "activation"}),
+        ("prune", {"masks_only": True, "teacher": {"share": 0.5}}),
+        ("prune", {"method": "masks", "lora_rank": 2}),
+        ("heal", {"teacher": {"share": 0.5, "hidden": 0.1}, "mixture": {"schedule": "dynamic"}}),
+    ],
+)
+def test_what_is_read_before_training_is_dealt_out(
+    tmp_path, model_folder, cut, store_folder, ask_prune, ask_heal, verb, options
+):
+    """Of the models the second rank reads no more than its share of tensors, to see whether they are finite."""
+    model, asked = (model_folder, ask_prune(**options)) if verb == "prune" else (cut, ask_heal(**options))
+
+    def work() -> tuple[list[str], list[str], list[str], list[str]]:
+        tensors, checked, files, prints = [], [], [], []
+
+        def noting(owner: Any, name: str, seen: list[str], said: Callable[..., str]) -> None:
+            plain = getattr(owner, name)
+
+            def noted(*args: Any, **options: Any) -> Any:
+                seen.append(said(*args))
+                return plain(*args, **options)
+
+            setattr(owner, name, noted)
+
+        noting(Checkpoint, "read", tensors, lambda checkpoint, name: name)
+        noting(LocalFiles, "digest", files, lambda files, name: name)
+        noting(sources, "fingerprint", prints, str)
+        plain = Source.check_finite
+
+        def checking(source: Source, **options: int) -> None:
+            before = len(tensors)
+            plain(source, **options)
+            checked.extend(tensors[before:])
+
+        Source.check_finite = checking
+        {"prune": prune, "heal": heal}[verb](str(model), data=str(store_folder), out=str(tmp_path / "out"), asked=asked)
+        return tensors, checked, files, prints
+
+    first, second = on_ranks(work)
+    assert sorted(first[1] + second[1]) == sorted(Checkpoint.open(model).names)
+    assert min(len(first[1]), len(second[1])) >= len(first[1] + second[1]) // 2
+    assert second[0] == second[1]
+    assert sorted(first[2] + second[2]) == sorted(
+        str(path.relative_to(store_folder)) for path in store_folder.glob("*/*.*")
+    )
+    assert min(len(first[2]), len(second[2])) > 0
+    assert (len(set(first[3])), second[3]) == (1 if verb == "prune" else 2, [])
+
+
+@pytest.mark.parametrize("damaged", ["model", "store"])
+def test_what_one_rank_finds_damaged_ends_all(tmp_path, model_folder, store_folder, ask_prune, damaged):
+    model, store = shutil.copytree(model_folder, tmp_path / "model"), shutil.copytree(store_folder, tmp_path / "store")
+    if damaged == "model":
+        weights = load_file(model / "model.safetensors")
+        weights[Checkpoint.open(model).names[1]].view(-1)[3] = torch.nan
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    else:
+        path = store / "code" / "train-00000.offsets"  # the second of its files
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+    def work() -> str:
+        asked = ask_prune(method="activation")
+        with pytest.raises((UserError, OnAnotherRank)) as told:
+            prune(str(model), data=str(store), out=str(tmp_path / "out"), asked=asked)
+        return str(told.value)
+
+    said = on_ranks(work)
+    assert said[0].startswith("another rank could not do its part")
+    assert "1 NaN and 0 Inf" in said[1] if damaged == "model" else f"{store}/code/train-00000.offsets: found" in said[1]
+
+
+def test_a_source_that_one_rank_cannot_open_is_gone_for_all(cut):
+    def work() -> tuple[Any, str]:
+        source, plain = Source.open(str(cut)), Source.open
+
+        def fails(*args: Any, **options: Any) -> Source:
+            raise UserError("model", found="nothing", expected="it", change="find it")
+
+        Source.open = fails if os.environ["RANK"] == "1" else plain
+        with joined("cpu") as (ranks, _):
+            return source_of(source, ranks)
+
+    first, second = on_ranks(work)
+    assert first[0] is second[0] is None
+    assert "another rank says why" in first[1]
+    assert "found nothing" in second[1]
 
 
 def test_two_groups_that_each_hold_a_model(tmp_path, cut, store_folder, ask_heal):
