@@ -129,7 +129,11 @@ class Stage:
                     os.unlink(entry.path)
             new = self.partial / f"{IDENTITY_FILE}.new"
             new.write_text(json.dumps({"version": 1, "identity": self.identity}, indent=1) + "\n", encoding="utf-8")
+            sync(new)
             os.replace(new, self.partial / IDENTITY_FILE)
+            # Whatever is whole in it later, a checkpoint say, is of no use where nobody knows whose it is.
+            sync(self.partial)
+            sync(self.partial.parent)
         except OSError as error:
             raise _unwritable(self.partial, error) from error
 

@@ -213,6 +213,19 @@ def test_a_lock_unlinked_in_between_is_tried_again(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
+def test_the_identity_is_on_the_disk_before_work_begins(tmp_path, monkeypatch):
+    """Names last: of the folder in its parent, of the file in the folder."""
+    synced, fsync = [], os.fsync
+
+    def syncing(descriptor):
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    with Stage(tmp_path / "out", IDENTITY) as folder:
+        assert synced == [path.stat().st_ino for path in (folder / "stage.json", folder, tmp_path)]
+
+
 def test_links_are_emptied_without_following_them(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("kept")
