@@ -288,7 +288,8 @@ class Checkpoints:
         self.ranks.together(lambda: _told(check, full))
 
     def _full(self, what: str, expected: str, found: str) -> UserError:
-        last = f"the last checkpoint, {self.last}, is as it was" if self._numbers() else "there is no checkpoint yet"
+        whole = self._numbers()
+        last = f"the last checkpoint, {self._at(max(whole))}, is as it was" if whole else "there is no checkpoint yet"
         change = f"free space, choose an --out on another disk, or keep fewer; {last}"
         return UserError(what, found=found, expected=expected, change=change)
 

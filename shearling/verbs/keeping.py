@@ -230,7 +230,8 @@ class Keeping:
         so many steps have no room.
         """
         at, every = self.saved.number if self.saved else 0, self.every or 1  # by the clock: one a step at the most
-        self.checkpoints.check_room(held.nbytes(self.ranks), to_come=steps // every - at // every)
+        to_come = 0 if steps < every else min(steps - at, -(-steps // every) - at // every)  # the last step's too
+        self.checkpoints.check_room(held.nbytes(self.ranks), to_come=to_come)
         if self.saved:
             held.load(self.saved, self.ranks)
 
