@@ -180,7 +180,9 @@ class Checkpoints:
 
     @property
     def last(self) -> str:
-        """Where the newest one is, for messages."""
+        """Where the newest one is, for messages: one that is being written counts if it gets whole."""
+        if self._written is not None:
+            self._written.exception()  # waits for it, and leaves it to `wait` to raise
         numbers = self._numbers()
         return str(self._at(max(numbers))) if numbers else "none yet"
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from two_ranks import on_ranks
 from shearling.errors import UserError
 from shearling.ranks.ranks import ALONE, OnAnotherRank, joined
 from shearling.train.checkpoint import Checkpoints, Saved
+from shearling.weights.writer import write
 
 TENSORS = {
     "model.weight": torch.arange(12.0).reshape(3, 4),
@@ -77,6 +79,18 @@ def test_tensors_are_copied_before_training_goes_on(tmp_path):
         for tensor in tensors.values():
             tensor.zero_()
     check(opened(tmp_path).newest(), 0)
+
+
+def test_the_last_one_is_named_once_it_is_whole(tmp_path, monkeypatch):
+    def slowly(*args, **options) -> None:
+        sleep(0.3)
+        write(*args, **options)
+
+    monkeypatch.setattr("shearling.train.checkpoint.write", slowly)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.last == "none yet"
+        checkpoints.save(1, TENSORS, {})
+        assert checkpoints.last == str(tmp_path / "step-1")
 
 
 def killed_in_call(folder: Path, count: int) -> int:
