@@ -48,8 +48,13 @@ def raise_all(errors: Sequence[UserError]) -> None:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known words that come closest to `word`, as a hint to end a sentence with."""
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    close = closest(word, known)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
+
+
+def closest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that comes closest to `word`, if one comes close."""
+    return next(iter(get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def check_ranges(options: object, ranges: Mapping[str, tuple[float, float | None]]) -> None:

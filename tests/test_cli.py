@@ -120,6 +120,10 @@ def test_usage_errors_end_with_2(monkeypatch, capsys, words):
             "error: masks.start: found 'cold'; expected 'ranked' or 'open'; change start\n",
         ),
         (
+            ["heal", "m", "--data", "d", "--out", "o", "--sink", "foo"],
+            "error: sinks (--sink): found 'foo'; expected 'tensorboard' or 'wandb'; change sinks\n",
+        ),
+        (
             ["heal", "m", "--data", "d", "--out", "o", "--tokens", "many"],
             "error: tokens: found 'many'; expected a count of tokens, as 200K, 1.5M or 50B; change tokens\n",
         ),
