@@ -1,4 +1,7 @@
-"""What a user can put right. The CLI prints these and exits with 2; everything else is our fault and exits with 1."""
+"""What a user can put right. The CLI prints these and exits with 2; everything else is our fault and exits with 1.
+
+And how a run of several ends that isn't at fault itself.
+"""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -36,6 +39,13 @@ class Stopped(BaseException):
     def __init__(self, signal: int, said: str):
         self.signal = signal
         super().__init__(said)
+
+
+class OnAnotherRank(RuntimeError):
+    """Something went wrong there, and is said there."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank could not do its part: see what it said")
 
 
 def raise_all(errors: Sequence[UserError]) -> None:

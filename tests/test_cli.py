@@ -187,6 +187,26 @@ def test_what_nobody_expected_ends_with_1():
     assert result.stdout == ""
 
 
+FAILING = """
+from shearling import cli
+from shearling.errors import OnAnotherRank
+from shearling.verbs import inspect
+
+def failed(*args, **options):
+    raise OnAnotherRank
+
+inspect.inspect = failed
+cli.main()
+"""
+
+
+def test_a_rank_that_another_failed_says_so_in_a_line():
+    words, env = [sys.executable, "-c", FAILING, "inspect", "x"], {**ENV, "RANK": "3"}
+    result = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "rank 3: another rank could not do its part: see what it said\n"
+
+
 def test_data_counts_what_it_stored(stored):
     assert stored.returncode == 0, stored.stderr
     lines = [line.split() for line in stored.stdout.splitlines()]
