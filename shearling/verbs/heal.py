@@ -74,7 +74,7 @@ def _heal(
     phases = [planned(phase, data=own or data, same_mixture=same) for phase, own, same in asked.each_phase()]
     references = [given(phase.asked.mixture, phase.session) for phase in phases]
     own, why = source_of(source) if asked.teacher.wanted else (None, "")
-    teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why)
+    teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why, device=device, ranks=ranks)
     identity = {"verb": "heal", **source.identity(), "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
     identity |= teaching.identity() if teaching else {}

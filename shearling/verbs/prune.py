@@ -96,7 +96,7 @@ def _prune(
     if asked.method == "auto":
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
-    teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="")
+    teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="", device=device, ranks=ranks)
     identity = {"verb": "prune", **source.identity(), "data": store.digest, "references": references}
     identity |= {**asked.identity(), **(teaching.identity() if teaching else {})}
     stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
