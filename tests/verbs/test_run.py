@@ -156,6 +156,7 @@ def test_a_run_can_end_with_the_cut_on_a_store_that_is_there(tmp_path, recipe_fi
         ("prune.to={hidden_size: 30}", "choose hidden_size=28 or 32"),
         ("prune.to={hiden_size: 24}", "found 'hiden_size'; expected a size of a Llama: .*; did you mean 'hidden_size'"),
         ("prune.to=hiden_size=24", "found 'hiden_size'; expected a size of a Llama: .*; did you mean 'hidden_size'"),
+        ("heal.lora_rank=25", "lora_rank: found 25; expected at most 24"),
         ("model=absent/at/all", "neither a local folder nor a Hub id"),
     ],
 )
