@@ -154,6 +154,7 @@ def estimated(case: dict[str, Any], work: Path) -> dict[str, int]:
     from shearling.axes.target import resolve_target
     from shearling.data.store import Store
     from shearling.masks.gates import cut_axes
+    from shearling.ranks.ranks import ALONE
     from shearling.verbs.memory import Trained
     from shearling.verbs.session import Session
     from shearling.verbs.source import Source
@@ -162,7 +163,7 @@ def estimated(case: dict[str, Any], work: Path) -> dict[str, int]:
     source, asked = Source.open(str(work / case["model"])), asked_of(case, work)
     store = Store.open(work / "store")
     session = Session.plan(asked, source, store, default_tokens=0, most_between_updates=1)
-    teaching = Teaching.wanted(asked.teacher, student=source, own=None, why="")
+    teaching = Teaching.wanted(asked.teacher, student=source, own=None, why="", device="cpu", ranks=ALONE)
     target = resolve_target(source.family, source.shape, asked.to, source.config)[0] if case["masks"] else source.shape
     need = Trained(source, session, asked, asked.steps, teaching, cut_axes(source.shape, target)).need()
     return {**need.parts, "saving": need.saving}

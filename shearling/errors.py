@@ -1,4 +1,7 @@
-"""What a user can put right. The CLI prints these and exits with 2; everything else is our fault and exits with 1."""
+"""What a user can put right. The CLI prints these and exits with 2; everything else is our fault and exits with 1.
+
+And how a run of several ends that isn't at fault itself.
+"""
 
 import errno
 from collections.abc import Mapping, Sequence
@@ -41,6 +44,13 @@ class Stopped(BaseException):
         super().__init__(said)
 
 
+class OnAnotherRank(RuntimeError):
+    """Something went wrong there, and is said there."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank could not do its part: see what it said")
+
+
 def raise_all(errors: Sequence[UserError]) -> None:
     """Raises what has been collected, if anything: one error as itself, several together."""
     if len(errors) == 1:
@@ -51,8 +61,13 @@ def raise_all(errors: Sequence[UserError]) -> None:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known words that come closest to `word`, as a hint to end a sentence with."""
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    close = closest(word, known)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
+
+
+def closest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that comes closest to `word`, if one comes close."""
+    return next(iter(get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def check_ranges(options: object, ranges: Mapping[str, tuple[float, float | None]]) -> None:

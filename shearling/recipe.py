@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shearling.axes.target import parse_target
-from shearling.errors import UserError, nearest, raise_all
+from shearling.errors import UserError, closest, nearest, raise_all
 from shearling.masks.options import PAPER, Options
 from shearling.mixture.options import Options as Mixture
 from shearling.strict_yaml import StrictLoader, read_mapping
@@ -18,6 +18,7 @@ from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
 BRANCH = re.compile(r"(dict|list)\[.*|constrained-\w+|str|int|float")  # what pydantic calls the branches of a union
+FLAGS = {"micro_sequences": "--micro-batch", "sinks": "--sink"}  # keys that the command line has another name for
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -331,10 +332,11 @@ def validated(kind: type[S], values: Mapping[str, Any], *, under: str = "") -> S
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        told = [_explain(kind, detail, under) for detail in error.errors()]
-        raise_all(
-            list({str(one).partition(": found")[0]: one for one in told}.values())
-        )  # all of a union's branches do
+        told: dict[tuple[str, str], UserError] = {}  # all of a union's branches say it
+        for detail in error.errors():
+            one = _explain(kind, detail, under)
+            told[".".join(map(str, _path(detail))), str(one).partition(": found")[0]] = one
+        raise_all(list(told.values()))
         raise
 
 
@@ -381,19 +383,30 @@ def _explain(kind: type[BaseModel], detail: Any, under: str) -> UserError:
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return cause
-    path = [str(part) for part in detail["loc"] if not BRANCH.fullmatch(str(part))]
-    where, last = under + ".".join(path), path[-1]
+    path = _path(detail)
+    if detail["type"] == "literal_error" and isinstance(path[-1], int):
+        path = path[:-1]  # one of a list of words, which is told by itself
+    where = under + ".".join(map(str, path))
+    last = next((part for part in reversed(path) if isinstance(part, str)), str(path[-1]))  # an item's is its list's
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return UserError(
             where, found="an unknown key", expected="a known one", change=nearest(last, _known(kind, path))
         )
     if detail["type"] == "missing":
         return UserError(where, found="nothing", expected="a value", change=f"add {last}")
+    where += f" ({FLAGS[last]})" if last in FLAGS else ""
     expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return UserError(where, found=repr(detail["input"]), expected=expected, change=f"change {last}")
+    choices = re.findall("'([^']+)'", expected) if detail["type"] == "literal_error" else ()
+    meant = closest(str(detail["input"]), choices)
+    change = f"did you mean {meant!r}?" if meant else f"change {last}"
+    return UserError(where, found=repr(detail["input"]), expected=expected, change=change)
 
 
-def _known(kind: Any, path: Sequence[str]) -> list[str]:
+def _path(detail: Any) -> list[str | int]:
+    return [part for part in detail["loc"] if not BRANCH.fullmatch(str(part))]
+
+
+def _known(kind: Any, path: Sequence[str | int]) -> list[str]:
     """The keys of the section that the last part of `path` stands in."""
     for part in path[:-1]:
         field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None

@@ -17,6 +17,7 @@ from shearling.verbs.heal import heal
 from shearling.verbs.prune import open_target, prune
 from shearling.verbs.session import Watch, choose_device, unwatched
 from shearling.verbs.sinks import check_sinks
+from shearling.weights.adapters import check_rank
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ def run(
 
 def _run(recipe: Recipe, watch: Watch, documents: Callable[[str, int, int], None] | None, ranks: Ranks) -> Ran:
     # A mistake there shows before hours of data.
-    ranks.one_before_others(lambda: open_target(recipe.model, recipe.prune, arch=recipe.arch))
+    source, target, _ = ranks.one_before_others(lambda: open_target(recipe.model, recipe.prune, arch=recipe.arch))
+    for stage, shape in ((recipe.prune, source.shape), (recipe.heal, target)):
+        check_rank(stage.lora_rank if stage else None, source.family, source.config, shape.axes)
     check_sinks([sink for stage in (recipe.prune, recipe.heal) if stage for sink in stage.sinks])
     out = Path(recipe.out).expanduser()
     said = masked(recipe.model_dump(mode="json"))  # a recipe may hold URLs with passwords

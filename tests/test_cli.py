@@ -120,6 +120,10 @@ def test_usage_errors_end_with_2(monkeypatch, capsys, words):
             "error: masks.start: found 'cold'; expected 'ranked' or 'open'; change start\n",
         ),
         (
+            ["heal", "m", "--data", "d", "--out", "o", "--sink", "foo"],
+            "error: sinks (--sink): found 'foo'; expected 'tensorboard' or 'wandb'; change sinks\n",
+        ),
+        (
             ["heal", "m", "--data", "d", "--out", "o", "--tokens", "many"],
             "error: tokens: found 'many'; expected a count of tokens, as 200K, 1.5M or 50B; change tokens\n",
         ),
@@ -181,6 +185,26 @@ def test_what_nobody_expected_ends_with_1():
     assert result.returncode == 1
     assert "TypeError" in result.stderr
     assert result.stdout == ""
+
+
+FAILING = """
+from shearling import cli
+from shearling.errors import OnAnotherRank
+from shearling.verbs import inspect
+
+def failed(*args, **options):
+    raise OnAnotherRank
+
+inspect.inspect = failed
+cli.main()
+"""
+
+
+def test_a_rank_that_another_failed_says_so_in_a_line():
+    words, env = [sys.executable, "-c", FAILING, "inspect", "x"], {**ENV, "RANK": "3"}
+    result = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "rank 3: another rank could not do its part: see what it said\n"
 
 
 def test_data_counts_what_it_stored(stored):

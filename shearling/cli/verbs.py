@@ -68,7 +68,7 @@ from shearling.cli.show import (
     print_table,
     say_done,
 )
-from shearling.errors import Stopped, UserError
+from shearling.errors import OnAnotherRank, Stopped, UserError
 
 if TYPE_CHECKING:
     pass
@@ -537,7 +537,10 @@ def _quiet_about_kernels() -> None:
 
 
 def main() -> None:
-    """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, SIGTERM with 143, else with 1."""
+    """The entry point: a user's mistake ends with 2 and its message, Ctrl-C with 130, SIGTERM with 143, else with 1.
+
+    What goes wrong is said by the rank that it happens on; the others say in a line that they aren't it.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("shearling").setLevel(logging.INFO)
     _quiet_about_kernels()
@@ -550,6 +553,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OnAnotherRank as error:
+        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shearling.errors import UserError
+from shearling.errors import OnAnotherRank, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # of what a step exchanges: longer, and somebody has died without being missed
@@ -106,24 +106,21 @@ class Ranks:
         self.together(work if self.first else lambda: None)
 
 
-class OnAnotherRank(RuntimeError):
-    """Something went wrong there, and is said there."""
-
-    def __init__(self) -> None:
-        super().__init__("another rank could not do its part: see what it said")
-
-
 @contextmanager
 def joined(device: str, *, replicate: int = 1, offload: bool = False) -> Iterator[tuple[Ranks, str]]:
     """This process among those that torchrun has started, and its device of the kind asked for; alone without torchrun.
 
-    `replicate` groups of ranks each hold a whole model, sharded among them. Raises UserError unless it divides them, or
-    where there is nothing to `offload` from.
+    `replicate` groups of ranks each hold a whole model, sharded among them. Raises UserError unless it divides them,
+    where there is nothing to `offload` from, and for several ranks on MPS.
     """
     if offload and not device.startswith("cuda"):
         change = "leave offload out" + (": weights are in the computer's memory already" if device == "cpu" else "")
         raise UserError("offload", found=f"device {device}", expected="cuda", change=change)
     count = int(os.environ.get("WORLD_SIZE", "1"))
+    kind, own = device.partition(":")[0], not dist.is_initialized()
+    if kind == "mps" and count > 1:  # torch has nothing by which they could exchange what lies there
+        change = "start it without torchrun, or take --device cpu"
+        raise UserError("device", found=f"mps for {count} ranks", expected="one process on mps", change=change)
     if count % replicate:
         fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         change = f"one of {fitting}"
@@ -131,7 +128,6 @@ def joined(device: str, *, replicate: int = 1, offload: bool = False) -> Iterato
     if count == 1 and not offload:
         yield ALONE, device
         return
-    kind, own = device.partition(":")[0], not dist.is_initialized()
     if kind == "cuda":
         if count > 1 or ":" not in device:
             device = f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"

@@ -18,6 +18,7 @@ KEPT: set[Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_attention_math_for_mps.default,
 }
 
 

@@ -75,7 +75,7 @@ def _heal(
     references = [given(phase.asked.mixture, phase.session) for phase in phases]
     source.identify(ranks)
     own, why = source_of(source, ranks) if asked.teacher.wanted else (None, "")
-    teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why, ranks=ranks)
+    teaching = Teaching.wanted(asked.teacher, student=source, own=own, why=why, device=device, ranks=ranks)
     identity = {"verb": "heal", **source.identity(), "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
     identity |= teaching.identity() if teaching else {}

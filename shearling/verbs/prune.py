@@ -97,7 +97,7 @@ def _prune(
         asked, note = _choose(asked, session.settings.steps)
         notes = (*notes, note)
     source.identify(ranks)
-    teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="", ranks=ranks)
+    teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="", device=device, ranks=ranks)
     identity = {"verb": "prune", **source.identity(), "data": store.digest, "references": references}
     identity |= {**asked.identity(), **(teaching.identity() if teaching else {})}
     stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))

@@ -34,7 +34,7 @@ from shearling.train.step import Draw, Log, OnStep, Settings, State
 from shearling.verbs.sinks import check_sinks
 from shearling.verbs.source import Source
 from shearling.verbs.together import Evenly, dealt, load
-from shearling.weights.adapters import Adapters, Read, merged
+from shearling.weights.adapters import Adapters, Read, check_rank, merged
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Session:
         ranks: Ranks = ALONE,
     ) -> "Session":
         """Fills in what `asked` leaves open; the mixture is steered once `towards` has said what by."""
+        check_rank(asked.lora_rank, source.family, source.config, source.shape.axes)
         source.check_store(store)
         check_sinks(asked.sinks)
         device = device or choose_device(asked.device)

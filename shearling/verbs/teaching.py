@@ -13,7 +13,7 @@ from shearling.data.tokenise import fingerprint, load_tokenizer
 from shearling.errors import UserError
 from shearling.loss.streams import Alignment, Weights
 from shearling.masks.attach import Attached
-from shearling.ranks.ranks import ALONE, Ranks
+from shearling.ranks.ranks import Ranks
 from shearling.teacher.cache import Cache, Manifest
 from shearling.teacher.cached import CachedTeacher
 from shearling.teacher.live import LiveTeacher
@@ -59,11 +59,22 @@ class Teaching:
 
     @classmethod
     def wanted(
-        cls, options: Options, *, student: Source, own: Source | None, why: str, ranks: Ranks = ALONE
+        cls, options: Options, *, student: Source, own: Source | None, why: str, device: str, ranks: Ranks
     ) -> "Teaching | None":
-        """The teaching that was asked for, if any, by `own` where no model is named. Raises UserError: see `plan`."""
+        """The teaching that was asked for, if any, by `own` where no model is named, of a student on a device.
+
+        Raises UserError: see `plan`; and where ranks that share the teacher out are to have it on another kind of it.
+        """
         if not options.wanted:
             return None
+        kind = _kind(device)
+        if options.device and ranks.count > 1 and options.weights == "as_is" and _kind(options.device) != kind:
+            raise UserError(
+                "teacher.device",
+                found=f"{options.device}, with {ranks.count} ranks on {kind}",
+                expected=f"{kind}: they share its weights out as they do the student's",
+                change="leave it out, or start one process",
+            )
         name, teacher = options.model, own
         if name is not None:
             teacher = ranks.one_before_others(lambda: Source.open(name, like=student))
@@ -79,7 +90,7 @@ class Teaching:
         `under`: the masks that the student is under, for what they keep of its streams.
         """
         domains, options = session.settings.domains, self.options
-        live = partial(self._live, options.device or session.device, session.ranks)
+        live = partial(self._live, self._device(session), session.ranks)
         if options.cache is None:
             teacher = live()
         else:
@@ -123,6 +134,11 @@ class Teaching:
         """What a stage's identity has to have of it beside the options."""
         return {"teacher": self.teacher.fingerprint, "cached": self.options.cache is not None}
 
+    def _device(self, session: Session) -> str:
+        """Where it runs. Each of several ranks has one device of a kind, whatever number was asked for."""
+        asked, own = self.options.device, session.device
+        return own if asked is None or (session.ranks.count > 1 and _kind(asked) == _kind(own)) else asked
+
     def _live(self, device: str, ranks: Ranks) -> LiveTeacher:
         blocks, channels = (self.alignment.source, self.alignment.channels) if self.alignment else ((), None)
         return LiveTeacher(self._models(device, ranks), blocks=blocks, channels=channels)
@@ -159,6 +175,10 @@ class Teaching:
             windows={domain: store.window_count(domain, "train", seq_len) for domain in store.domains},
         )
         return folder / _place(store, seq_len, separate), manifest
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
 
 
 def _place(store: Store, seq_len: int, separate: bool) -> str:

@@ -4,7 +4,7 @@ A linear W [O, I] becomes W + (alpha / rank) B A, with A [rank, I] drawn from th
 in float32 whatever W is in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -52,8 +52,7 @@ class Adapters:
         from peft import LoraConfig, inject_adapter_in_model
         from transformers.pytorch_utils import Conv1D
 
-        in_layers = [(row, layer) for row, layer in family.named(config) if layer is not None and row.role != "route"]
-        paths = [row.at(layer).removesuffix(".weight") for row, layer in in_layers if row.name.endswith(".weight")]
+        paths = [row.at(layer).removesuffix(".weight") for row, layer in _adaptable(family, config)]
         kinds = {path: type(model.get_submodule(path)) for path in paths}
         linears = [path for path, kind in kinds.items() if issubclass(kind, nn.Linear | Conv1D)]
         transposed = Conv1D in kinds.values()  # GPT-2's, and then all of them are
@@ -80,6 +79,27 @@ class Adapters:
         if f".{A}." in name or f".{B}." in name:
             return self.initial(name, shape)
         return base(name.replace(f".{BASE}.", "."))
+
+
+def check_rank(rank: int | None, family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Raises UserError for a rank that no linear in a family's layers has, at these sizes of its axes.
+
+    What is above the smaller dimension of a linear adds nothing there. Some are small: of few kv heads, of one gate.
+    """
+    if rank is None:
+        return
+    shapes = [row.shape(sizes) for row, _ in _adaptable(family, config)]
+    most = max(min(shape) for shape in shapes if len(shape) == 2)
+    if rank > most:
+        expected = f"at most {most}, the highest rank of a linear in its layers"
+        raise UserError("lora_rank", found=rank, expected=expected, change="lower it: 16 is common")
+
+
+def _adaptable(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[Row, int]]:
+    """The weights in a family's layers, by layer, but routers': those that are of a linear may have adapters."""
+    for row, layer in family.named(config):
+        if layer is not None and row.role != "route" and row.name.endswith(".weight"):
+            yield row, layer
 
 
 def merged(model: nn.Module, read: Read) -> Read:

@@ -129,6 +129,18 @@ def test_offload_is_for_cuda(device: str) -> None:
         pass
 
 
+def test_mps_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as told, joined("mps"):
+        pass
+    assert str(told.value) == (
+        "device: found mps for 2 ranks; expected one process on mps; start it without torchrun, or take --device cpu"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with joined("mps") as found:
+        assert found == (ALONE, "mps")
+
+
 def cached(folder: Path) -> str:
     """Who made what both look for: the second would find nothing, if it came at the same time."""
     with joined("cpu") as (ranks, _):

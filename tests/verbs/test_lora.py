@@ -17,7 +17,7 @@ from shearling.verbs.memory import Trained
 from shearling.verbs.prune import prune
 from shearling.verbs.session import Session
 from shearling.verbs.source import Source
-from shearling.weights.adapters import ALPHA
+from shearling.weights.adapters import ALPHA, check_rank
 
 RANK = 4
 # Of each layer of the small model: q and o, k and v, gate and up, down.
@@ -101,6 +101,22 @@ def test_compiled_and_checkpointed_it_learns_the_same(tmp_path, model_folder, st
 def test_what_is_refused(ask_prune, options, told):
     with pytest.raises(UserError, match=told):
         ask_prune(**{"lora_rank": RANK, **options})
+
+
+def test_a_rank_that_no_linear_has(tmp_path, model_folder, store_folder, ask_heal):
+    """32 is that of q, o, gate, up and down; k and v have 16."""
+    words = {"data": str(store_folder), "out": str(tmp_path / "out")}
+    with pytest.raises(UserError) as told:
+        heal(str(model_folder), **words, asked=ask_heal(lora_rank=100_000))
+    assert str(told.value) == (
+        "lora_rank: found 100000; expected at most 32, the highest rank of a linear in its layers; "
+        "lower it: 16 is common"
+    )
+    assert list(tmp_path.iterdir()) == []
+    source = Source.open(str(model_folder))
+    check_rank(32, source.family, source.config, source.shape.axes)
+    with pytest.raises(UserError):
+        check_rank(33, source.family, source.config, source.shape.axes)
 
 
 def test_memory_is_that_of_weights_in_bfloat16_and_of_adapters(model_folder, store_folder, ask_heal):

@@ -248,7 +248,8 @@ def test_a_damaged_checkpoint_has_no_say_in_it(tmp_path, model_folder, store_fol
 
 @pytest.mark.parametrize("value", [0, "-2", "all", 1.5, True])
 def test_other_micro_batches_are_refused(value) -> None:
-    with pytest.raises(UserError, match=r"micro_sequences: .*; expected a number of windows, or auto"):
+    told = r"micro_sequences \(--micro-batch\): .*; expected a number of windows, or auto"
+    with pytest.raises(UserError, match=told):
         validated(Heal, {"micro_sequences": value})
 
 

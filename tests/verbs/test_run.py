@@ -156,6 +156,7 @@ def test_a_run_can_end_with_the_cut_on_a_store_that_is_there(tmp_path, recipe_fi
         ("prune.to={hidden_size: 30}", "choose hidden_size=28 or 32"),
         ("prune.to={hiden_size: 24}", "found 'hiden_size'; expected a size of a Llama: .*; did you mean 'hidden_size'"),
         ("prune.to=hiden_size=24", "found 'hiden_size'; expected a size of a Llama: .*; did you mean 'hidden_size'"),
+        ("heal.lora_rank=25", "lora_rank: found 25; expected at most 24"),
         ("model=absent/at/all", "neither a local folder nor a Hub id"),
     ],
 )
@@ -190,6 +191,14 @@ def test_a_run_takes_no_folder_with_something_else_in_it(tmp_path, recipe_file):
         ("heal: {lr: fast}", [], "heal.lr: found 'fast'; expected a valid number"),
         ("heal: {lr: .inf}", [], "heal.lr: found inf; expected a finite number"),
         ("heal: {dtype: int8}", [], "heal.dtype: found 'int8'; expected 'float32', 'bfloat16' or 'float16'"),
+        ("heal: {kernels: ligre}", [], "heal.kernels: found 'ligre'; expected 'torch' or 'liger'; did you mean"),
+        (
+            "heal: {sinks: [wandb, tensorbord]}",
+            [],
+            "heal.sinks (--sink): found 'tensorbord'; expected 'tensorboard' or 'wandb'; did you mean 'tensorboard'?",
+        ),
+        ("heal: {sinks: [a, b]}", [], "heal.sinks (--sink): found 'b'; expected 'tensorboard' or 'wandb'; change"),
+        ("", ["data={inputs: [3]}"], "data.inputs.0: found 3; expected a valid string; change inputs"),
         ("heal: {tokens: 1M, steps: 3}", [], "tokens and steps: found both, 1000000 tokens and 3 steps"),
         ("heal: 3", [], "heal: found 3; expected a valid dictionary"),
         ("3: 4", [], "3: found 3; expected Keys should be strings"),

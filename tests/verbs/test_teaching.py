@@ -1,12 +1,14 @@
 """A teacher through the verbs' own parts: chosen, checked, live or cached, in the loop with a cut of it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from shearling.data.store import Store
 from shearling.errors import UserError
+from shearling.ranks.ranks import Ranks
 from shearling.record import read
 from shearling.teacher.cached import CachedTeacher
 from shearling.teacher.options import Options
@@ -47,6 +49,19 @@ def healed(teaching: Teaching, student: Source, session: Session) -> list[dict]:
             log=lambda event, **fields: steps.append(fields) if event == "step" else None,
         )
     return steps
+
+
+def test_ranks_share_a_teacher_out_on_the_students_kind_of_device(cut, model_folder) -> None:
+    own = Source.open(str(model_folder))
+    wanted = partial(Teaching.wanted, student=cut, own=own, why="", ranks=Ranks(0, 2))
+    with pytest.raises(UserError) as told:
+        wanted(Options(share=0.5, device="cpu"), device="cuda:1")
+    assert str(told.value) == (
+        "teacher.device: found cpu, with 2 ranks on cuda; expected cuda: they share its weights out as they do the "
+        "student's; leave it out, or start one process"
+    )
+    assert wanted(Options(share=0.5, device="cpu"), device="cpu") is not None
+    assert wanted(Options(share=0.5, device="cpu", weights="int8"), device="cuda:1") is not None
 
 
 def test_a_live_teacher_with_hidden_states(cut, model_folder, session) -> None:
