@@ -1,10 +1,12 @@
 """The processes of one run: what they agree on and what they sum up."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from shearling.errors import OnAnotherRank, UserError
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # of what a step exchanges: longer, and somebody has died without being missed
 PATIENCE = timedelta(days=7)  # of what ranks agree on: one may be preparing the data for all
+JOINS = itertools.count()  # of this process
 
 
 @dataclass(frozen=True)
@@ -151,17 +154,23 @@ def joined(device: str, *, replicate: int = 1, offload: bool = False) -> Iterato
 
 
 def _store() -> PrefixStore | None:
-    """Where ranks of one machine find each other's addresses, apart for each time that torchrun starts them again.
+    """Where ranks find each other's addresses, apart for each time that they join or that torchrun starts them again.
 
-    Its own store keeps those of ranks that have died (pytorch issue 135712). Over several machines the count of starts
-    isn't the same everywhere: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does it, see docs/scale.md.
+    torchrun's own store keeps those of ranks that have died (pytorch issue 135712). Over several machines the count of
+    starts isn't the same everywhere: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does it, see docs/scale.md.
     """
     said = os.environ
-    shared = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and said["LOCAL_WORLD_SIZE"] == said["WORLD_SIZE"]
-    if not shared:
+    shared = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and said["LOCAL_WORLD_SIZE"] != said["WORLD_SIZE"]:
         return None
-    plain = TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-    return PrefixStore(f"start {said['TORCHELASTIC_RESTART_COUNT']}", plain)
+    start = said["TORCHELASTIC_RESTART_COUNT"] if shared else "own"
+    return PrefixStore(f"start {start}, join {next(JOINS)}", _plain_store(serves=not shared and said["RANK"] == "0"))
+
+
+@cache
+def _plain_store(*, serves: bool) -> TCPStore:
+    """This process's, as long as it lives: its port is taken until then."""
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=serves, timeout=TIMEOUT)
 
 
 ALONE = Ranks()

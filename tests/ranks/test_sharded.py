@@ -141,6 +141,19 @@ def test_mps_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == (ALONE, "mps")
 
 
+def joined_so_often(times: int) -> list[int]:
+    found = []
+    for _ in range(times):
+        with joined("cpu") as (ranks, _):
+            found.append(ranks.sum(1 + ranks.rank))
+    return found
+
+
+def test_ranks_may_join_again_and_again() -> None:
+    """As one script does that prunes, then heals."""
+    assert on_ranks(joined_so_often, 3) == [[3, 3, 3]] * 2
+
+
 def cached(folder: Path) -> str:
     """Who made what both look for: the second would find nothing, if it came at the same time."""
     with joined("cpu") as (ranks, _):
