@@ -132,11 +132,13 @@ class Checkpoints:
         if written is not None:
             written.result()
 
-    def check_room(self, nbytes: int, *, to_come: int) -> None:
+    def check_room(self, nbytes: int, *, to_come: Sequence[int], by_clock: bool = False) -> None:
         """Raises UserError where the disk has no room for all that will be there at once: of each of them this rank has
-        so many bytes, and no more than `to_come` will be written.
+        so many bytes, and those of the steps `to_come` will be written, or `by_clock` some of them.
         """
-        count = min(to_come, self.keep + 1 - min(self.keep, len(self._numbers())))
+        count = min(len(to_come), self.keep + 1 - min(self.keep, len(self._numbers())))
+        if self.keep_every and not by_clock:
+            count += sum(number % self.keep_every == 0 for number in to_come[: -self.keep])
         needed = self.ranks.sum(count * nbytes)  # they share one disk
         self._check_room(
             needed, partial(self._full, f"disk of {self.folder}", f"room for {needed} bytes of checkpoints")

@@ -230,8 +230,8 @@ class Keeping:
         so many steps have no room.
         """
         at, every = self.saved.number if self.saved else 0, self.every or 1  # by the clock: one a step at the most
-        to_come = 0 if steps < every else min(steps - at, -(-steps // every) - at // every)  # the last step's too
-        self.checkpoints.check_room(held.nbytes(self.ranks), to_come=to_come)
+        to_come = [] if steps < every else sorted({*range(at - at % every + every, steps + 1, every), steps} - {at})
+        self.checkpoints.check_room(held.nbytes(self.ranks), to_come=to_come, by_clock=self.every is None)
         if self.saved:
             held.load(self.saved, self.ranks)
 

@@ -304,19 +304,23 @@ def test_fault_07_two_ranks_need_room_together(small_disk, noticed):
 
 def test_fault_09_too_little_room_at_the_start(small_disk):
     with opened(small_disk / "checkpoints") as checkpoints:
-        checkpoints.check_room(300_000, to_come=9)
+        checkpoints.check_room(300_000, to_come=range(1, 10))
         with pytest.raises(UserError, match="bytes free; expected room for 1200000 bytes of checkpoints"):
-            checkpoints.check_room(400_000, to_come=9)
-        checkpoints.check_room(400_000, to_come=2)
-        checkpoints.check_room(4_000_000, to_come=0)
+            checkpoints.check_room(400_000, to_come=range(1, 10))
+        checkpoints.check_room(400_000, to_come=[1, 2])
+        checkpoints.check_room(4_000_000, to_come=[])
+    with opened(small_disk / "checkpoints", keep_every=2) as checkpoints:
+        with pytest.raises(UserError, match="expected room for 1800000 bytes"):  # 2, 4 and 6 stay
+            checkpoints.check_room(300_000, to_come=range(1, 9))
+        checkpoints.check_room(300_000, to_come=range(1, 9), by_clock=True)
 
 
 def test_fault_09_too_little_room_for_two_ranks(small_disk):
     def work() -> str:
         with joined("cpu") as (ranks, _), Checkpoints(small_disk / "new", run="this", ranks=ranks) as checkpoints:
-            checkpoints.check_room(150_000, to_come=9)
+            checkpoints.check_room(150_000, to_come=range(1, 10))
             with pytest.raises(UserError) as told:
-                checkpoints.check_room(200_000, to_come=9)
+                checkpoints.check_room(200_000, to_come=range(1, 10))
         return str(told.value)
 
     assert all("expected room for 1200000 bytes" in said for said in on_ranks(work))
