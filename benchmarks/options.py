@@ -1,24 +1,33 @@
 """What healing takes with each option that saves memory, and the loss after equal steps.
 
-    python benchmarks/options.py MODEL TEXT_FOLDER WORK_FOLDER    prints, and writes benchmarks/options.json
+    python benchmarks/options.py MODEL TEXT_FOLDER WORK_FOLDER [ARM ...]    prints, and writes benchmarks/options.json
 
 MODEL is SmolLM2-135M, cut by activations; its cut heals for STEPS steps with each option, in a process of its own, on
 a CPU. Held-out loss, at the best of three rates where an option changes what is learned; and the peak of anonymous
-memory, sampled, above what the imports take. No checkpoints. CPU offload needs a GPU: benchmarks/gpu.py.
+memory, sampled, above what the imports take. No checkpoints. Of arms that are named the others' figures stay.
+
+Offload is for GPUs (benchmarks/gpu.py measures it there). Here it runs by the same policy with a CPU for the device, so
+that there is one memory for both sides: its loss, and what is estimated of each.
 """
 
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from masks_only import SMALL, apart, made_store, taking
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import init_device_mesh
 
+from shearling.ranks.ranks import Ranks
 from shearling.recipe import Heal, Prune, validated
 from shearling.record import read, versions
-from shearling.verbs.heal import heal
+from shearling.verbs import heal as verb
 from shearling.verbs.prune import prune
 
 STEPS = 16
@@ -34,7 +43,18 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "teacher": ({"teacher": {"share": 0.5}}, ()),
     "teacher, 8 bits": ({"teacher": {"share": 0.5, "weights": "int8"}}, ()),
     "LoRA, rank 16": ({"lora_rank": 16}, LORA_RATES),
+    "offload": ({"offload": True}, ()),
 }
+
+
+@contextmanager
+def offloading(device: str, **options: Any) -> Iterator[tuple[Ranks, str]]:
+    """In the place of `joined`, which has nothing to offload from on a CPU: a mesh of one rank all the same."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield Ranks(mesh=init_device_mesh(device, (1,), mesh_dim_names=("shard",)), offload=True), device
+    finally:
+        dist.destroy_process_group()
 
 
 def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -43,21 +63,29 @@ def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[st
     import torchao.optim  # noqa: F401
 
     section = validated(Heal, {**asked, "device": "cpu", "save_every": STEPS + 1})
-    found, peak, before = taking(lambda: heal(model, data=store, out=out, asked=section))
+    if section.offload:
+        verb.joined = offloading
+    found, peak, before = taking(lambda: verb.heal(model, data=store, out=out, asked=section))
     losses = list(found.losses.values())
     memory = next(event["memory"] for event in read(Path(out) / "record.jsonl") if "memory" in event)
     taken = {"above_imports_bytes": peak - before, "estimated_bytes": memory["total_bytes"]}
+    if section.offload:
+        on_device = memory["total_bytes"] - memory["allocator_bytes"]
+        taken |= {"estimated_on_device_bytes": on_device, "estimated_beside_bytes": memory["offloaded_bytes"]}
     return {"loss": sum(losses) / len(losses), **taken, "flops": found.flops}
 
 
-def main(model: str, texts: Path, work: Path) -> None:
+def main(model: str, texts: Path, work: Path, arms: Sequence[str]) -> None:
     store, cut = made_store(model, texts, work), work / "cut"
     to = {**SMALL, "intermediate_size": 1024}
     asked = {**TRAINING, "steps": 24, "to": to, "method": "activation", "calibration_windows": 64, "device": "cpu"}
     pruned = prune(model, data=store, out=str(cut), asked=validated(Prune, asked))
-    found: dict[str, Any] = {}
-    best = RATES[1]
+    figures = Path(__file__).with_suffix(".json")
+    found: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))["found"] if arms else {}
+    best = found[PLAIN]["rate"] if found else RATES[1]
     for name, (options, rates) in ARMS.items():
+        if arms and name not in arms:
+            continue
         tried = {}
         for rate in rates or (best,):
             out = work / f"{name.replace(', ', '-').replace(' ', '-')}-{rate}"
@@ -70,7 +98,7 @@ def main(model: str, texts: Path, work: Path) -> None:
     before = sum(pruned.losses.values()) / len(pruned.losses)
     result = {"cut_loss": before, "parameters": pruned.parameters, "found": found, "steps": STEPS}
     result |= {"threads": torch.get_num_threads(), "versions": versions()}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    figures.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -78,4 +106,4 @@ if __name__ == "__main__":
         time.sleep(1)  # for what the imports have left to settle
         print(json.dumps(measured(sys.argv[2], sys.argv[3], sys.argv[4], json.loads(sys.argv[5]))))
     else:
-        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
