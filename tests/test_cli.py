@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import shearling
 from shearling import cli
+from shearling.cli.show import step_note
 from shearling.stage import Stage
 
 VERBS = ("inspect", "data", "prune", "heal", "eval", "reference", "run", "demo")
@@ -322,3 +323,10 @@ def test_fault_17_a_rank_that_dies_takes_the_other_down_or_both_start_again(work
         events = [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
         assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 61))
         assert [event["ranks"] for event in events if event["event"] == "resumed"] == [2]
+
+
+def test_what_the_progress_line_says() -> None:
+    figures = {"loss": 2.3456, "tokens_per_second": 12345.6, "data_wait_share": 0.01, "memory_bytes": 1_234_000_000}
+    assert step_note(figures) == "loss 2.346; 12,346 tokens/s, 1.23 GB"
+    on_a_gpu = step_note({**figures, "mfu": 0.412, "data_wait_share": 0.25})
+    assert on_a_gpu == "loss 2.346; 12,346 tokens/s, MFU 41.2%, 1.23 GB, 25% waiting for data"

@@ -60,7 +60,8 @@ def step_note(figures: Mapping[str, float]) -> str:
     """What the progress line says of a step."""
     used = f", MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
     waits = f", {figures['data_wait_share']:.0%} waiting for data" if figures["data_wait_share"] > WAIT_SAID else ""
-    return f"loss {figures['loss']:.3f}; {figures['tokens_per_second']:,.0f} tokens/s{used}{waits}"
+    speed = f"{figures['tokens_per_second']:,.0f} tokens/s{used}, {figures['memory_bytes'] / 1e9:.2f} GB"
+    return f"loss {figures['loss']:.3f}; {speed}{waits}"
 
 
 def print_json(value: Any) -> None:
