@@ -5,8 +5,8 @@
 Chains: a verb runs in a process of its own that gets SIGKILL at a moment drawn evenly over the undisturbed run's time,
 three times in a row, each time begun again by the same call, and then to its end. Of every second chain that compiles
 (by inductor), which is most of its time, the moments are drawn after the process has saved once. Processes are forked
-from one that has loaded torch. Every loss, mixture and mask in the record is compared
-as hex floats, the weights by their sha256.
+from one that has loaded torch. Every loss, mixture and mask in the record is compared as hex floats, the weights by
+their sha256.
 """
 
 import argparse

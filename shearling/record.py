@@ -52,12 +52,8 @@ class Record:
 
     def sync(self) -> None:
         """Has what was written so far on the disk. Raises UserError where that is full."""
-        with self._room_for_lines():
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with self._room_for_lines(), open(self.path, "rb") as file:
+            os.fsync(file.fileno())
 
     def write(self, event: str, /, **fields: object) -> None:
         """Appends one event, with its time (UTC, ISO 8601), and hands it to the operating system before returning.

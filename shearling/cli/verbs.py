@@ -6,7 +6,7 @@ import signal as os_signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -69,9 +69,6 @@ from shearling.cli.show import (
     say_done,
 )
 from shearling.errors import OnAnotherRank, Stopped, UserError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     add_completion=False,

@@ -184,9 +184,9 @@ class Healing:
         held = Held(model, (adamw(model.parameters(), lr=first.lr, bits=self.asked.bits),), {})
         keeping.take_up(held, sum(phase.session.settings.steps for phase in self.phases))
         states = keeping.states(first.device)
+        micro = [phase.session.settings.micro_sequences for phase in self.phases]
         for number in range(max(0, len(states) - 1), len(self.phases)):
             ended, at = states[:number], states[number] if number < len(states) else None
-            micro = [phase.session.settings.micro_sequences for phase in self.phases]
             kept = keeping.keep(held, ended, losses=before, micro_sequences=micro)
             states[number:] = [self.train(held, number, ended, at, kept, record, watch)]
         return model, before, states

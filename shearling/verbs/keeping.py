@@ -53,14 +53,10 @@ def micro_batches(partial: Path) -> list[int]:
     folder = partial / FOLDER
     for number in sorted(numbers(folder), reverse=True):
         with suppress(Damaged, OSError):
-            return micro_sequences(state_of(folder / f"step-{number}", _run(partial)))
+            plain = state_of(folder / f"step-{number}", _run(partial))
+            begun = [state["micro_sequences"] for state in plain["states"]]
+            return [*begun, *plain["micro_sequences"][len(begun) :]]
     return []
-
-
-def micro_sequences(plain: Mapping[str, Any]) -> list[int]:
-    """What `micro_batches` gives, of a checkpoint's plain values."""
-    begun = [state["micro_sequences"] for state in plain["states"]]
-    return [*begun, *plain["micro_sequences"][len(begun) :]]
 
 
 def _run(folder: Path) -> str:

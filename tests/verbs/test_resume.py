@@ -204,7 +204,7 @@ def test_fault_06_a_second_signal_leaves_at_once(tmp_path, cut, store_folder, as
     assert [e["step"] for e in read(tmp_path / "out" / "record.jsonl") if e["event"] == "resumed"] in ([2], [4])
 
 
-def test_fault_06_a_second_signal_in_a_save(tmp_path, cut, store_folder, ask_heal, monkeypatch):
+def test_fault_06_a_second_signal_in_a_save(tmp_path, cut, store_folder, ask_heal):
     """The checkpoint before is whole, and from there come the bits of a run that nobody disturbed."""
     verb = partial(heal, str(cut), data=str(store_folder), asked=ask_heal(steps=6, save_every=2))
     verb(out=str(tmp_path / "calm"))
