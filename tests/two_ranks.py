@@ -12,9 +12,11 @@ from typing import Any
 SECONDS = 240
 
 
-def on_ranks(work: Callable[..., Any], *args: Any, count: int = 2, code: int = 0) -> list[Any]:
-    """What `work(*args)` gives on each rank, run in forked processes: nothing where all are to end with a code."""
-    context = multiprocessing.get_context("fork")
+def on_ranks(work: Callable[..., Any], *args: Any, count: int = 2, code: int = 0, method: str = "fork") -> list[Any]:
+    """What `work(*args)` gives on each rank, run in processes started by a `method` of multiprocessing: nothing where
+    all are to end with a code.
+    """
+    context: Any = multiprocessing.get_context(method)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

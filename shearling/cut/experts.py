@@ -50,8 +50,8 @@ class Stack:
             output = inner @ self._down()[expert].float().T
             output = output if bias is None else output + bias[expert].float()
             self.chosen[expert] += len(token)
-            self.outputs[expert] += (gate * output.norm(dim=-1)).sum().double().cpu()
-            self.squares[expert] += (gate.unsqueeze(-1) * inner).square().sum(0).double().cpu()
+            self.outputs[expert] += (gate * output.norm(dim=-1)).sum().cpu().double()
+            self.squares[expert] += (gate.unsqueeze(-1) * inner).square().sum(0).cpu().double()
 
     def _inner(self, x: Tensor, expert: int) -> Tensor:
         """What the down weight of one expert reads, [n, I]: the module's own forward, with selectors in its place."""
@@ -75,7 +75,7 @@ class Stack:
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Of the experts [E], and of their inner entries [E, I]; 0 where no token came."""
-        column = gathered(self._down()).float().square().sum(1).double().cpu()
+        column = gathered(self._down()).float().square().sum(1).cpu().double()
         return self.outputs / self.chosen.clamp(min=1), self.squares / max(1, self.tokens) * column
 
 

@@ -20,6 +20,7 @@ from shearling.axes.shape import shape_of
 from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.cut.experts import stacks
+from shearling.loss.numbers import widest_float
 from shearling.ranks.rows import gathered
 from shearling.ranks.sharded import device_of
 
@@ -71,7 +72,7 @@ class _Collector:
         self.tokens: dict[str, int] = {}
 
     def add(self, name: str, squares: Tensor) -> None:
-        total = squares.flatten(0, -2).sum(0).double().cpu()
+        total = squares.flatten(0, -2).sum(0).cpu().double()
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.tokens[name] = self.tokens.get(name, 0) + squares.shape[:-1].numel()
 
@@ -168,7 +169,8 @@ def _watch(
 
         def influence(_: nn.Module, args: tuple[Tensor, ...], output: Any, layer: int = layer) -> None:
             after = output if isinstance(output, Tensor) else output[0]
-            cosine = functional.cosine_similarity(args[0].double(), after.double(), dim=-1)
+            wide = widest_float(after.device)
+            cosine = functional.cosine_similarity(args[0].to(wide), after.to(wide), dim=-1)
             # A block that adds nothing must score exactly 0, whatever the cosine rounds to.
             moved = (args[0] != after).any(-1)
             seen.add(f"influence {layer}", ((1 - cosine).clamp(min=0) * moved).unsqueeze(-1))
@@ -189,7 +191,7 @@ def _hidden_scores(
         if row.role == "norm" and row.stream is not None and not row.is_bias:
             kind = family.normalisation(row)
             energy = seen.mean(f"stream {name}" if kind.centred else f"energy {name}")
-            effective = gathered(weights[name]).double().cpu() + kind.offset
+            effective = gathered(weights[name]).cpu().double() + kind.offset
             readers = [r for r in family.readers(row.name) if r.at(layer) in weights]
             views.append(energy * effective.square() * sum(_squares(weights[r.at(layer)], r.input) for r in readers))
         elif _reads_the_stream(row):
@@ -200,7 +202,7 @@ def _hidden_scores(
 def _squares(weight: Tensor, dim: int | None) -> Tensor:
     """Sums of a weight's squares over all of its dims but one."""
     assert dim is not None
-    return gathered(weight).float().square().sum([d for d in range(weight.dim()) if d != dim]).double().cpu()
+    return gathered(weight).float().square().sum([d for d in range(weight.dim()) if d != dim]).cpu().double()
 
 
 def _rotary_scores(

@@ -109,6 +109,11 @@ class Ranks:
         self.together(work if self.first else lambda: None)
 
 
+def has_own_memory(device: str) -> bool:
+    """Whether what lies on a device of this kind isn't in the computer's memory."""
+    return torch.device(device).type not in ("cpu", "mps")
+
+
 @contextmanager
 def joined(device: str, *, replicate: int = 1, offload: bool = False) -> Iterator[tuple[Ranks, str]]:
     """This process among those that torchrun has started, and its device of the kind asked for; alone without torchrun.
@@ -116,11 +121,11 @@ def joined(device: str, *, replicate: int = 1, offload: bool = False) -> Iterato
     `replicate` groups of ranks each hold a whole model, sharded among them. Raises UserError unless it divides them,
     where there is nothing to `offload` from, and for several ranks on MPS.
     """
-    if offload and not device.startswith("cuda"):
-        change = "leave offload out" + (": weights are in the computer's memory already" if device == "cpu" else "")
+    if offload and not has_own_memory(device):
+        change = "leave offload out: weights are in the computer's memory already"
         raise UserError("offload", found=f"device {device}", expected="cuda", change=change)
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    kind, own = device.partition(":")[0], not dist.is_initialized()
+    kind, own = torch.device(device).type, not dist.is_initialized()
     if kind == "mps" and count > 1:  # torch has nothing by which they could exchange what lies there
         change = "start it without torchrun, or take --device cpu"
         raise UserError("device", found=f"mps for {count} ranks", expected="one process on mps", change=change)
@@ -131,16 +136,17 @@ def joined(device: str, *, replicate: int = 1, offload: bool = False) -> Iterato
     if count == 1 and not offload:
         yield ALONE, device
         return
-    if kind == "cuda":
+    if kind != "cpu":
         if count > 1 or ":" not in device:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
-        torch.cuda.set_device(device)
+            device = f"{kind}:{os.environ.get('LOCAL_RANK', torch.accelerator.current_device_index())}"
+        torch.accelerator.set_device_index(device)
     if own:
         place: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
         if count > 1:
             store = _store()
             place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": count} if store else {}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, **place)
+        backends = {"cpu": "gloo", kind: dist.get_default_backend_for_device(kind)}
+        dist.init_process_group(",".join(map(":".join, backends.items())), timeout=TIMEOUT, **place)
     try:
         group, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         shape, names = ((count,), ("shard",))

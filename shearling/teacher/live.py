@@ -11,7 +11,7 @@ from shearling.loss.cross_entropy import hidden_states
 from shearling.loss.distillation import Dense, Taught
 from shearling.loss.logits import logit_cap, read_by_head
 from shearling.loss.streams import in_order, outputs_of
-from shearling.ranks.sharded import inside
+from shearling.ranks.sharded import device_of, inside
 
 
 def _read(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ class LiveTeacher:
 
     def __init__(self, model: Any, *, blocks: tuple[str, ...] = (), channels: tuple[int, ...] | None = None):
         self.model, self.blocks = model, blocks
-        self.device = model.get_output_embeddings().weight.device
+        self.device = device_of(model)
         self._channels = None if channels is None else torch.tensor(channels, device=self.device)
 
     def __call__(self, batch: Batch) -> Lesson:

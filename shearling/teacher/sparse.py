@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shearling.loss.distillation import Sparse
+from shearling.loss.numbers import widest_float
 from shearling.teacher.options import KindName
 
 
@@ -73,7 +74,7 @@ class Sampled:
     def write(self, logits: Tensor, offsets: Tensor) -> np.ndarray:
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
-        wide = torch.float32 if p.device.type == "mps" else torch.float64  # a long tail is lost in fp32's sums
+        wide = widest_float(p.device)  # a long tail is lost in fp32's sums
         cumulated = p.to(wide).cumsum(-1)
         steps = torch.arange(self.k, device=p.device, dtype=wide)
         points = (steps + offsets.to(p.device, wide).unsqueeze(-1)) / self.k * cumulated[:, -1:]

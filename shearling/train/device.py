@@ -60,9 +60,9 @@ def peak_bytes(device: torch.device) -> int:
 
     On MPS, which doesn't keep the most, what is taken now.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cpu":
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024  # where Linux counts in KiB
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # where Linux counts in KiB
+    return torch.accelerator.max_memory_allocated(device)

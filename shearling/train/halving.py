@@ -37,7 +37,8 @@ def with_room(
         # Not in the handler, where the error would still hold all that the step had made.
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()  # of no effect without CUDA
+        if accelerator := torch.accelerator.current_accelerator(check_available=True):
+            torch.get_device_module(accelerator).empty_cache()
         before = settings.micro_sequences
         settings = replace(settings, micro_sequences=before // 2)
         log("micro_batch", out_of_memory_at=before, micro_sequences=settings.micro_sequences)

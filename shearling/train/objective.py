@@ -10,7 +10,7 @@ from torch.utils import _pytree
 
 from shearling.data.batch import IGNORED, Batch
 from shearling.loss.cross_entropy import head_losses, hidden_states
-from shearling.loss.numbers import numbers_on
+from shearling.loss.numbers import numbers_on, widest_float
 from shearling.ranks.ranks import Ranks
 
 
@@ -39,7 +39,8 @@ class Losses:
             return self
         counts = self.counts.to(self.total.device)
         parts = [self.total.reshape(1), counts, *self.sums.values()]
-        whole = ranks.add_up(torch.cat([part.double() for part in parts]))
+        wide = widest_float(self.total.device)
+        whole = ranks.add_up(torch.cat([part.to(wide) for part in parts]))
         total, counts, *sums = whole.split([len(part) for part in parts])
         named = {name: value.float() for name, value in zip(self.sums, sums, strict=True)}
         return Losses(total[0].to(self.total.dtype), named, counts.long())

@@ -23,14 +23,14 @@ class Room:
 def room_on(device: str) -> Room | None:
     """On a device, the least of what limits it; None where nothing tells."""
     kind = torch.device(device).type
-    if kind == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return Room(free + unused, device)
+    if kind == "cpu":
+        found = [*_machine(), *_groups(), *_limits()]
+        return min(found, key=lambda room: room.nbytes, default=None)
     if kind == "mps":
         return Room(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), device)
-    found = [*_machine(), *_groups(), *_limits()]
-    return min(found, key=lambda room: room.nbytes, default=None)
+    free, _ = torch.accelerator.get_memory_info(device)
+    unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return Room(free + unused, device)
 
 
 def _machine() -> list[Room]:

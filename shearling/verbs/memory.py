@@ -16,7 +16,7 @@ from shearling.axes.axis import mask_shape
 from shearling.data.batch import Batch
 from shearling.errors import UserError
 from shearling.masks.attach import Attached
-from shearling.ranks.ranks import ALONE, Ranks
+from shearling.ranks.ranks import ALONE, Ranks, has_own_memory
 from shearling.recipe import Training
 from shearling.train.eight_bit import moment_bytes
 from shearling.train.rehearsal import Ledger, pretending, rehearse
@@ -274,7 +274,7 @@ class Trained:
         """What else can be asked for so that less is needed, and what comes of it."""
         if self.asked.activation_checkpointing != "full":
             yield "--activation-checkpointing full", self._asking(activation_checkpointing="full")
-        if self.session.device.startswith("cuda") and not self.session.ranks.offload:
+        if has_own_memory(self.session.device) and not self.session.ranks.offload:
             yield "--offload", self._offloading()
         alone = self.session.ranks.count == 1 and not self.session.ranks.offload
         if self.asked.bits == 32 and not self.session.frozen and alone:

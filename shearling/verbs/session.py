@@ -354,12 +354,12 @@ def warn_of_end(session: Session, state: State) -> None:
 
 def choose_device(asked: str | None) -> str:
     """The device asked for, or the best one here. Raises UserError for one that isn't here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    known = [name for name, there in here.items() if there]
+    best = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu"] if best is None else [best.type, "cpu"]
     if asked is None:
         return known[0]
     kind, _, number = asked.partition(":")
-    numbered = kind == "cuda" and number.isdecimal() and int(number) < torch.cuda.device_count()
+    numbered = best and kind == best.type and number.isdecimal() and int(number) < torch.accelerator.device_count()
     if kind in known and (asked == kind or numbered):
         return asked
     raise UserError("device", found=repr(asked), expected=" or ".join(known), change="choose another --device")
