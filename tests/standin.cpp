@@ -2,16 +2,14 @@
 //
 // What lies on it is out of the CPU's reach, and it refuses what MPS refuses: float64, and operators whose tensors lie
 // on both sides. It counts the bytes of its tensors, runs out of them, and remembers the operators that were asked of
-// it. The CPU computes them, on copies.
+// it. The CPU computes them.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Operators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
-#include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_reshape_alias_cpu_dispatch.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/set_cpu_dispatch.h>
 #include <ATen/ops/view_cpu_dispatch.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -132,7 +130,7 @@ using Type = std::optional<c10::ScalarType>;
 using Layout = std::optional<c10::Layout>;
 using Device = std::optional<c10::Device>;
 using Format = std::optional<c10::MemoryFormat>;
-const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
+const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1), CPU_KEYS(c10::DispatchKey::CPU);
 
 c10::ScalarType checked(Type asked_for) {
   auto type = c10::dtype_or_default(asked_for);
@@ -149,10 +147,14 @@ at::Tensor empty_strided(Size size, Size stride, Type type, Layout, Device, std:
   return at::detail::empty_strided_generic(sizes, strides, &memory, KEYS, checked(type));
 }
 
-// The same bytes as a tensor of the CPU, for as long as `self` lives.
+// The same bytes as a tensor of the CPU, which isn't to outlive `self`.
 at::Tensor on_host(const at::Tensor& self) {
   if (!self.is_privateuseone()) return self;
-  return at::from_blob(self.data_ptr(), self.sizes(), self.strides(), self.options().device(at::kCPU));
+  c10::DataPtr bytes(self.storage().mutable_data(), c10::Device(at::kCPU));
+  c10::Storage storage({}, self.storage().nbytes(), std::move(bytes), c10::GetAllocator(c10::kCPU), true);
+  auto found = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), CPU_KEYS, self.dtype());
+  found.unsafeGetTensorImpl()->set_sizes_and_strides(self.sizes(), self.strides(), self.storage_offset());
+  return found;
 }
 
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool) {
@@ -206,20 +208,68 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
 // These take indices that lie on the CPU too, on any device.
 const std::set<std::string> MIXED = {"aten::index.Tensor", "aten::index.Tensor_out", "aten::_index_put_impl_"};
 
+// The CPU writes where the device's tensors lie; what is new comes to lie there too.
 void by_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto name = toString(op.operator_name());
+  const auto& schema = op.schema();
   remember(name);
+  const size_t count = schema.arguments().size(), start = stack->size() - count;
+  const torch::jit::Stack given(stack->begin() + start, stack->end());
   bool on_device = false, on_cpu = false;
+  std::optional<c10::Device> device;
   auto look = [&](const at::Tensor& tensor) {
-    if (tensor.defined() && tensor.is_privateuseone()) on_device = true;
-    if (tensor.defined() && tensor.is_cpu() && tensor.dim() > 0) on_cpu = true;
+    if (!tensor.defined()) return tensor;
+    if (tensor.is_privateuseone()) on_device = true, device = tensor.device();
+    if (tensor.is_cpu() && tensor.dim() > 0) on_cpu = true;
+    return on_host(tensor);
   };
-  for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
-    if (argument.isTensor()) look(argument.toTensor());
-    if (argument.isTensorList()) std::ranges::for_each(argument.toTensorVector(), look);
+  for (size_t i = 0; i < count; ++i) {
+    c10::IValue& argument = (*stack)[start + i];
+    if (argument.isTensor()) {
+      argument = look(argument.toTensor());
+    } else if (argument.isTensorList()) {
+      std::vector<at::Tensor> found;
+      for (const at::Tensor& tensor : given[i].toTensorVector()) found.push_back(look(tensor));
+      argument = c10::List<at::Tensor>(found);
+    } else if (argument.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> found;
+      for (std::optional<at::Tensor> tensor : given[i].toOptionalTensorList()) {
+        found.push_back(tensor ? std::optional<at::Tensor>(look(*tensor)) : std::nullopt);
+      }
+      argument = found;
+    } else if (argument.isDevice()) {
+      device = argument.toDevice();
+      argument = c10::Device(at::kCPU);
+    }
   }
   TORCH_CHECK(!(on_device && on_cpu) || MIXED.count(name), name, " has tensors on the stand-in and on the CPU");
-  at::native::cpu_fallback(op, stack);
+  const torch::jit::Stack lent(stack->begin() + start, stack->end());
+  op.redispatchBoxed(CPU_KEYS, stack);
+  for (size_t j = 0; j < count; ++j) {  // what the CPU has made larger lies elsewhere now
+    if (!given[j].isTensor() || !given[j].toTensor().defined()) continue;
+    const at::Tensor &mine = given[j].toTensor(), &theirs = lent[j].toTensor();
+    if (mine.sizes() != theirs.sizes()) mine.resize_(theirs.sizes()).copy_(theirs);
+  }
+  const size_t first = stack->size() - schema.returns().size();
+  auto back = [&](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.to(device.value_or(here())) : tensor;
+  };
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    c10::IValue& result = (*stack)[first + i];
+    if (const auto* alias = schema.returns()[i].alias_info()) {
+      TORCH_CHECK(alias->isWrite(), name, " gives a view, which the stand-in can't");
+      for (size_t j = 0; j < count; ++j) {
+        const auto* written = schema.arguments()[j].alias_info();
+        if (written != nullptr && *written == *alias) result = given[j];
+      }
+    } else if (result.isTensor()) {
+      result = back(result.toTensor());
+    } else if (result.isTensorList()) {
+      std::vector<at::Tensor> found;
+      for (const at::Tensor& tensor : result.toTensorVector()) found.push_back(back(tensor));
+      result = c10::List<at::Tensor>(found);
+    }
+  }
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {

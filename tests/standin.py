@@ -78,6 +78,7 @@ def register(library: Path) -> None:
     torch.utils.rename_privateuse1_backend("standin")
     torch._register_device_module("standin", module)
     torch.utils.generate_methods_for_privateuse1_backend()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else tied weights come apart on the way there
     dist.Backend.default_device_backend_map["standin"] = "gloo"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once", UserWarning)  # of what is put in another's place

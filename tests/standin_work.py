@@ -3,7 +3,7 @@
 They are forked from one that has imported this, and with it what a verb imports only once it is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,20 @@ def refusals() -> list[str]:
     return [*told, str(float((x @ x.T).sum()))]
 
 
+def squeezed(verb: Callable[..., Any], at: int) -> Any:
+    """What a verb gives whose device has, from some step on, a third less for what comes and goes."""
+
+    def watch(title: str, steps: int) -> Callable[..., None]:
+        def on_step(step: int, *_: Any) -> None:
+            if step == at:
+                lasting, most = torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
+                torch.ops.standin.limit(lasting + (most - lasting) * 2 // 3)
+
+        return on_step
+
+    return verb(watch=watch)
+
+
 def limited(verb: Callable[..., Any], nbytes: int) -> str:
     """What a verb says to a device of so many bytes."""
     torch.ops.standin.limit(nbytes)
@@ -64,8 +78,21 @@ def limited(verb: Callable[..., Any], nbytes: int) -> str:
     return str(told.value)
 
 
-def masked_step(model_type: str, device: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """A masked step's loss and gradients on a model of a type, and its one-shot scores, all on the CPU."""
+@dataclass(frozen=True)
+class Step:
+    """A masked step's loss and gradients, and one-shot scores; all on the CPU."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    scores: dict[str, Tensor]
+
+
+def masked_steps(model_types: Sequence[str], device: str) -> list[Step]:
+    """Of a small model of each type."""
+    return [_masked_step(model_type, device) for model_type in model_types]
+
+
+def _masked_step(model_type: str, device: str) -> Step:
     made = small_of_any(model_type, tied=False)
     units = alone(made)
     target = next(iter((together(made, axes={axis for unit in units for axis in unit}) or units).values()))
@@ -80,4 +107,5 @@ def masked_step(model_type: str, device: str) -> tuple[Tensor, dict[str, Tensor]
     parameters = {**dict(made.model.named_parameters()), **masks}
     gradients = {name: p.grad.cpu() for name, p in parameters.items() if p.grad is not None}
     attached.remove()
-    return loss.detach().cpu(), gradients, measure(made.model, made.family, config=made.config, batches=[ids]).scores
+    scores = measure(made.model, made.family, config=made.config, batches=[ids]).scores
+    return Step(loss.detach().cpu(), gradients, scores)

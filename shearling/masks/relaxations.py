@@ -1,6 +1,6 @@
 """The two relaxations as gates: hard-concrete draws under a Lagrangian, and the exact soft top-k."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from math import inf
 
@@ -90,9 +90,8 @@ class HardConcreteGates(Gates):
         """AdamW moves a multiplier by its rate a step whatever the violation; plain ascent by rate x violation."""
         o = self.options
         multipliers = {"params": [*self.linear.values(), *self.quadratic.values()], "peak_lr": o.multiplier_lr}
-        fused = _fused(self.linear.values())
         ascend = partial(AdamW, weight_decay=0.0) if o.ascent == "adamw" else partial(SGD, lr=o.multiplier_lr)
-        climbing = ascend([{**multipliers, "clip": False}], maximize=True, fused=fused)
+        climbing = ascend([{**multipliers, "clip": False}], maximize=True, fused=True)
         return [_adamw(self.location, o.rate), climbing]
 
     def soft_values(self, axis: str) -> Tensor:
@@ -196,9 +195,4 @@ def make_gates(
 
 def _adamw(location: nn.ParameterDict, lr: float) -> Optimizer:
     params = list(location.values())
-    return AdamW([{"params": params, "peak_lr": lr, "clip": False}], weight_decay=0.0, fused=_fused(params))
-
-
-def _fused(params: Iterable[Tensor]) -> bool:
-    """Whether torch has one kernel for the step here, which leaves a step out without anybody waiting for it."""
-    return next(iter(params)).device.type in ("cuda", "cpu")
+    return AdamW([{"params": params, "peak_lr": lr, "clip": False}], weight_decay=0.0, fused=True)

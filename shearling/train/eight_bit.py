@@ -38,7 +38,7 @@ def check_8bit(device: str, ranks: Ranks) -> None:
         found = f"{ranks.count} ranks" if ranks.count > 1 else "offload"
         change = "take adamw: what it keeps is shared out among the ranks, or lies in the computer's memory"
         raise UserError("optimizer adamw8bit", found=found, expected="one process without it", change=change)
-    if device == "mps":
+    if torch.device(device).type == "mps":
         raise UserError("optimizer adamw8bit", found=device, expected="cuda or cpu", change="take adamw")
     if find_spec("torchao") is None:
         change = 'pip install "shearling[int8]", or take adamw'

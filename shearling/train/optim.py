@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 from shearling.train.eight_bit import adamw_8bit
 
 BETAS = (0.9, 0.95)  # Sheared-LLaMA; no weight decay there either
+TOLD = ("cuda", "cpu")  # where fused kernels heed `found_inf`: MPS's have done so only since torch's pull 186360
 
 
 def adamw(params: Iterable[nn.Parameter], *, lr: float, bits: int = 32) -> Optimizer:
@@ -18,8 +19,7 @@ def adamw(params: Iterable[nn.Parameter], *, lr: float, bits: int = 32) -> Optim
     groups = [{"params": chosen, "peak_lr": lr}]
     if bits == 8:
         return adamw_8bit(groups, lr=lr, betas=BETAS)
-    fused = chosen[0].device.type in ("cuda", "cpu")
-    return AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=fused)
+    return AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
 
 
 def set_rates(groups: Iterable[dict[str, Any]], share: float) -> None:
@@ -35,9 +35,10 @@ def step_unless(left_out: Tensor, optimizers: Sequence[Optimizer]) -> None:
     Fused ones are told so by a tensor, as GradScaler does it, and nobody waits for a device that has the weights.
     """
     for optimizer in optimizers:
-        if optimizer.defaults.get("fused"):
+        device = optimizer.param_groups[0]["params"][0].device
+        if optimizer.defaults.get("fused") and device.type in TOLD:
             told: Any = optimizer
-            told.grad_scale, told.found_inf = None, left_out.to(optimizer.param_groups[0]["params"][0].device)
+            told.grad_scale, told.found_inf = None, left_out.to(device)
             optimizer.step()
         elif not bool(left_out):
             optimizer.step()

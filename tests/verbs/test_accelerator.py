@@ -12,7 +12,7 @@ import yaml
 from killed import losses, weights
 from small_models import MODEL_TYPES, OTHERS
 from standin import on_standin
-from standin_work import killed, limited, masked_step, refusals, there
+from standin_work import killed, limited, masked_steps, refusals, squeezed, there
 
 from shearling.conformance.model import relative
 from shearling.record import read
@@ -136,8 +136,11 @@ def test_going_on_to_the_bit(tmp_path, folder, cut, store_folder, ask_heal):
     assert losses(out) == losses(calm)
 
 
-@pytest.mark.parametrize(("count", "offload"), [(1, True), (2, False), (2, True)])
-@pytest.mark.parametrize("name", ["soft top-k", "hard concrete", "masks only", "taught", "adapters", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "count", "offload"),
+    [("taught", 1, True), ("taught", 2, False)]
+    + [(name, 2, True) for name in ("soft top-k", "hard concrete", "masks only", "taught", "adapters", "bfloat16")],
+)
 def test_sharded(name, count, offload, tmp_path, folder, cut, store_folder, ask_prune, ask_heal):
     """Over ranks, each with a device, and with most of it in the computer's memory."""
     verb, ask = (prune, ask_prune) if name in PRUNING else (heal, ask_heal)
@@ -167,14 +170,25 @@ def test_what_cant_fit_is_refused(tmp_path, folder, cut, store_folder, ask_heal)
     assert "would fit: --micro-batch 2 (" in told
 
 
-@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *OTHERS])
-def test_masks_of_any_family(model_type, folder):
-    (seen,) = on_standin(folder, there, masked_step, model_type, "standin")
-    loss, gradients, scores = masked_step(model_type, "cpu")
-    assert relative(seen.found[0], loss) < 1e-6
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        assert float((seen.found[1][name] - gradient).abs().max()) < 3e-5 * largest, name
-    for axis, score in scores.items():
-        assert relative(seen.found[2][axis], score) < 1e-5, axis
+def test_a_step_that_runs_out_is_taken_in_halves(tmp_path, folder, cut, store_folder, ask_heal):
+    options = {"steps": 6, "batch_tokens": 1024, "micro_sequences": "auto"}
+    verb = partial(heal, str(cut), data=str(store_folder))
+    expected = verb(out=str(tmp_path / "cpu"), asked=ask_heal(**options))
+    out = tmp_path / "there"
+    (found,) = on_standin(folder, squeezed, partial(verb, out=str(out), asked=ask_heal(**options, device="standin")), 3)
+    check_alike(found, expected, rel=1e-5)
+    assert [e["micro_sequences"] for e in read(out / "record.jsonl") if e["event"] == "micro_batch"] == [16]
+
+
+def test_masks_of_every_family(folder):
+    """Of each type a masked step's loss and gradients, and one-shot scores."""
+    types = [*MODEL_TYPES, *OTHERS]
+    (seen,) = on_standin(folder, there, masked_steps, types, "standin")
+    for name, found, expected in zip(types, seen.found, masked_steps(types, "cpu"), strict=True):
+        assert relative(found.loss, expected.loss) < 1e-6, name
+        largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+        for path, gradient in expected.gradients.items():
+            assert float((found.gradients[path] - gradient).abs().max()) < 3e-5 * largest, f"{name}: {path}"
+        for axis, scores in expected.scores.items():
+            assert relative(found.scores[axis], scores) < 1e-5, f"{name}: {axis}"
     assert without_mps(seen.operators) == []
