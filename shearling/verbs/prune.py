@@ -173,7 +173,7 @@ class Pruning:
         )
         read = source.read  # the model that was trained goes
         ranks.meet()  # it is there
-        after = by_domain(session.measure(session.load(source.at(self.folder))))
+        after = by_domain(session.measure(session.load(source.at(self.folder), dtype=session.dtype)))
         record.write("held_out", step=session.settings.steps, of="cut", **after)
         result = Pruned(
             out=self.out,
