@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shearling.arch.whole import DTYPES
 from shearling.axes.rotary import config_keeping
 from shearling.axes.shape import Shape
 from shearling.axes.spec import Family
@@ -39,10 +40,10 @@ def config_at(
         result |= config_keeping(result, rotary, family.setting(config, "head_dim"))
     if "num_experts" in shape and family.setting(config, family.fixed["top_k"]) > shape["num_experts"]:
         result[family.key(config, family.fixed["top_k"])] = shape["num_experts"]
-    dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if dtype_key in config or dtype != "float32":
-        result[dtype_key] = dtype
-    return result
+    named = [key for key in DTYPES if key in config]  # some configs have both, and readers differ in which they go by
+    if not named and dtype != "float32":
+        named = ["dtype"]
+    return result | dict.fromkeys(named, dtype)
 
 
 def max_positions(config: Mapping[str, Any]) -> int:

@@ -35,6 +35,14 @@ def test_a_head_dim_that_was_derived_is_written_out_when_it_can_no_longer_be(mod
     assert AutoConfig.for_model(**config).head_dim == before["head_dim"]
 
 
+@pytest.mark.parametrize("named", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_the_dtype_is_written_wherever_the_config_names_one(named: tuple[str, ...]) -> None:
+    source = {"model_type": "llama", **SIZES, **dict.fromkeys(named, "float32")}
+    family = family_of(source)
+    config = config_at(family, source, shape_of(family, source), layers=(0, 1, 2, 3), dtype="bfloat16")
+    assert {key: config.get(key) for key in named or ("dtype",)} == dict.fromkeys(named or ("dtype",), "bfloat16")
+
+
 def cut_to_the_middle(source: dict[str, Any]) -> dict[str, Any]:
     """The config of its second and third layer."""
     family = family_of(source)
