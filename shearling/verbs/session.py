@@ -226,7 +226,7 @@ class Session:
         if asked.kernels == "liger":
             use_liger(model)
         if asked.activation_checkpointing != "none":
-            model.train()  # transformers checkpoints in training mode only; every dropout is 0
+            model.train()  # transformers checkpoints in training mode only; no dropout and no noise is on
             model.activation_checkpointing_enable(checkpointing(asked.activation_checkpointing))
         if asked.compile:
             for block in blocks:

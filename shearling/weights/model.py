@@ -47,7 +47,7 @@ class Beside:
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """The causal model in a local folder, in evaluation mode, dropout off whatever its config says.
+    """The causal model in a local folder, in evaluation mode, dropout and routers' noise off whatever its config says.
 
     Of a whole with other parts, its text model alone. Raises UserError for weights that aren't finite and for tensors
     that are missing or left over.
@@ -83,7 +83,7 @@ def _loaded(folder: Path, config: Any, dtype: torch.dtype, renamed: Mapping[str,
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    _without_dropout(config)
+    _without_noise(config)
     told = logging.get_verbosity()
     if renamed is not None:  # other parts are no news: of the report the caller says what is
         logging.set_verbosity_error()
@@ -96,9 +96,10 @@ def _loaded(folder: Path, config: Any, dtype: torch.dtype, renamed: Mapping[str,
     return loaded
 
 
-def _without_dropout(config: Any) -> None:
+def _without_noise(config: Any) -> None:
+    # In training mode, which activation checkpointing asks for, all of these would be live.
     for key in config.to_dict():
-        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
+        if key.endswith(("dropout", "pdrop", "jitter_noise")) and isinstance(getattr(config, key), float):
             setattr(config, key, 0.0)
 
 
@@ -111,7 +112,7 @@ def empty_model(folder: Path, *, dtype: torch.dtype) -> Any:
 
 
 def text_model_config(folder: Path) -> Any:
-    """transformers' config of what `load_model` loads: of a text model alone, without dropout."""
+    """transformers' config of what `load_model` loads: of a text model alone, without noise."""
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -119,7 +120,7 @@ def text_model_config(folder: Path) -> Any:
     if family is not None and family.inside is not None:
         whole, config = config, getattr(config, family.inside.key)
         config.tie_word_embeddings = whole.tie_word_embeddings
-    _without_dropout(config)
+    _without_noise(config)
     return config
 
 

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from small_models import small
+from small_experts import small_experts
+from small_models import small, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shearling.errors import UserError
 from shearling.loss.cross_entropy import next_token_loss
 from shearling.recipe import Heal, validated
 from shearling.train.checkpointing import checkpointing
+from shearling.weights.model import load_model
 
 
 class Products(TorchDispatchMode):
@@ -41,6 +43,14 @@ def test_selective_recomputes_no_products_and_full_all() -> None:
         torch.testing.assert_close(found[name], gradient)
     assert selective.products == none.products < full.products
     assert none.others < selective.others
+
+
+def test_in_training_mode_a_router_draws_nothing(tmp_path) -> None:
+    """Which checkpointing asks for; a draw would be another one where the block is gone through again."""
+    small_experts("mixtral", router_jitter_noise=0.5).model.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model.train()(tokens(40)).logits, model.eval()(tokens(40)).logits)
 
 
 @pytest.mark.parametrize(("given", "taken"), [(True, "full"), (False, "none"), ("selective", "selective")])
