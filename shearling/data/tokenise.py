@@ -61,9 +61,13 @@ class Pipeline:
             folder=Path(folder),
             json=tokenizer.backend_tokenizer.to_str(),
             eos_id=cast(int, tokenizer.eos_token_id),
-            # The length alone is too small for a vocabulary with holes.
-            vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())),
+            vocab_size=vocab_size(tokenizer),
         )
+
+
+def vocab_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """All ids are below it. The length alone is too small for a vocabulary with holes."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":

@@ -20,7 +20,7 @@ from shearling.axes.spec import Family
 from shearling.axes.table import Tensor as Row
 from shearling.data.store import Store
 from shearling.data.tokenise import fingerprint as tokenizer_fingerprint
-from shearling.data.tokenise import load_tokenizer
+from shearling.data.tokenise import load_tokenizer, vocab_size
 from shearling.errors import UserError
 from shearling.ranks.ranks import Ranks
 from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite, fingerprint
@@ -201,12 +201,12 @@ class Source:
     def check_store(self, store: Store) -> None:
         """Raises UserError unless the store's ids are this model's tokens, each with a row in the embedding."""
         tokenizer = load_tokenizer(self.folder)
-        rows = self.shape["vocab_size"]
-        if len(tokenizer) > rows:
+        ids, rows = vocab_size(tokenizer), self.shape["vocab_size"]
+        if ids > rows:
             raise UserError(
                 f"tokenizer of {self.name}",
-                found=f"{len(tokenizer)} ids",
-                expected=f"at most {rows}, the rows of the embedding",
+                found=f"ids up to {ids - 1}",
+                expected=f"ids below {rows}, the rows of the embedding",
                 change="take the tokenizer that belongs to the model, or resize the model's embeddings first",
             )
         store.check_tokenizer(tokenizer_fingerprint(tokenizer), self.name)

@@ -187,6 +187,15 @@ def too_many_ids(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def an_id_beyond_the_rows(folder: Path) -> None:
+    """Though there are fewer ids than rows."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 999
+    path.write_text(json.dumps(tokenizer))
+
+
 def another_tokenizer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<new>"])
@@ -221,7 +230,11 @@ def another_tokenizer(folder: Path) -> None:
         (another_size, ["found shape [48, 32]; expected [40, 32], by config.json", "that belong together"]),
         (more_layers, ["found 9 tensors not there: model.layers.3.", "the 39 tensors of a Llama of this config"]),
         (other_biases, ["found 21 tensors unknown: model.layers.0.", "get config and weights that belong together"]),
-        (too_many_ids, ["tokenizer of", "ids; expected at most", "the rows of the embedding"]),
+        (too_many_ids, ["tokenizer of", "found ids up to", "expected ids below", "the rows of the embedding"]),
+        (
+            an_id_beyond_the_rows,
+            ["tokenizer of", "found ids up to 999; expected ids below", "the rows of the embedding"],
+        ),
         (another_tokenizer, ["token store", "tokens made with the tokenizer 'tiny'", "prepare the data again"]),
     ],
 )
