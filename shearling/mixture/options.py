@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from shearling.errors import check_ranges
+from shearling.errors import UserError, check_ranges
 from shearling.mixture.weights import Rule
 
 Schedule = Literal["auto", "dynamic", "constant", "proportional"]
@@ -44,6 +44,9 @@ class Options:
         check_ranges(
             self, {"every": (1, None), "eta": (0, None), "smoothing": (0, 0.99), "floor": (0, 0.9), "cap": (1, None)}
         )
+        if self.schedule == "proportional" and self.weights is not None:
+            change = "leave the weights out, or take constant, which stays at them"
+            raise UserError("mixture.weights", found="them with proportional", expected="one of them", change=change)
 
     def chosen_rule(self) -> Rule:
         """The rule with what was asked for."""

@@ -372,7 +372,7 @@ def default_batch_tokens(parameters: int, tokens: int) -> int:
 
 
 def _starting(asked: Training, store: Store) -> Mixture:
-    weights = None if asked.mixture.schedule == "proportional" else asked.mixture.weights
+    weights = asked.mixture.weights
     if weights is not None:
         check_weights(weights, store.domains)
     return Mixture.starting({d: w for d in store.domains for w in [(weights or by_size(store))[d]]})

@@ -330,6 +330,10 @@ def test_too_little_data_for_one_step(call, refused, model_folder, verb):
         ),
         ({"reference": {"code": 1.0, "prose": 1.0}}, ["sums"]),
         ({"reference": {"code": 1.0, "prose": 1.0, "sums": float("nan")}}, ["sums", "finite"]),
+        (
+            {"schedule": "proportional", "weights": {"code": 0.5, "prose": 0.25, "sums": 0.25}},
+            ["mixture.weights: found them with proportional; expected one of them; leave the weights out"],
+        ),
         ({"every": 0}, ["every"]),
         ({"floor": 1.5}, ["floor"]),
         ({"rule": "papper"}, ["rule"]),
