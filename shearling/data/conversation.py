@@ -11,6 +11,7 @@ and added tokens that aren't special, such as <think>, which are words of the vo
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 ASSISTANT = "assistant"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates write today's date unless told one; the same documents must give the same ids on any day.
-DATE = "26 Jul 2024"  # what Llama 3's own templates fall back to
+# Some templates write today's date, unless told one; the same documents must give the same ids on any day.
+DAY = datetime(2024, 7, 26)  # what Llama 3's own templates fall back to
+DATE = DAY.strftime("%d %b %Y")
+# Those that ask transformers' function for it get another one, written in Jinja, as functions can't be handed in: it
+# comes first, and ends with a line end that Jinja drops after a block.
+CODES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdDeFfGgHIjmMpRrSTuUVwWxXyY"]
+WRITTEN = " | ".join(f"replace({code!r}, {DAY.strftime(code)!r})" for code in CODES)
+NOW = f"{{% macro strftime_now(format) %}}{{{{ format | {WRITTEN} }}}}{{% endmacro %}}\n"
 
 
 @dataclass(frozen=True)
@@ -140,13 +147,14 @@ def encode(
 def _apply(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, Any]], *, where: str, prompt=False) -> str:
     with_prompt: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, "date_string": DATE}
     try:
-        return str(tokenizer.apply_chat_template(messages, **with_prompt))
+        return str(tokenizer.apply_chat_template(messages, chat_template=_template(tokenizer), **with_prompt))
     except Exception as error:  # a template raises what it likes
         raise _failed(where, error) from error
 
 
 def _template(tokenizer: "PreTrainedTokenizerFast") -> str:
-    return str(tokenizer.get_chat_template())
+    template = str(tokenizer.get_chat_template())
+    return NOW + template if "strftime_now" in template else template
 
 
 def _blocks(

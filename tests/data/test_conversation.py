@@ -143,9 +143,14 @@ def test_blanks_after_the_end_of_sequence_are_dropped_so_that_it_ends_the_docume
     assert piece.loss[-1] == 1
 
 
-def test_the_date_is_no_part_of_the_ids(tokenizer):
-    tokenizer.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
-    assert render(tokenizer, CHAT, where="", assistant_only=False).text == "26 Jul 2024"
+@pytest.mark.parametrize("written", ["date_string", "strftime_now('%d %b %Y')", "inner()"])
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_the_date_is_no_part_of_the_ids(tokenizer, written, assistant_only):
+    inner = "{% macro inner() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}"
+    tokenizer.chat_template = f"\n  {inner}\n {{{{ {written} }}}}{{% generation %}}x{{% endgeneration %}}"
+    found = render(tokenizer, CHAT, where="", assistant_only=assistant_only)
+    assert found.text == "\n 26 Jul 2024x"
+    assert found.spans == (((len(found.text) - 1, len(found.text)),) if assistant_only else None)
 
 
 @pytest.mark.parametrize(
