@@ -42,12 +42,18 @@ def parse_target(text: str) -> dict[str, int]:
 
 
 def resolve_target(
-    family: Family, source: Shape, wanted: Mapping[str, int], config: Mapping[str, Any] | None = None
+    family: Family,
+    source: Shape,
+    wanted: Mapping[str, int],
+    config: Mapping[str, Any] | None = None,
+    *,
+    dtype: str = "float32",
 ) -> tuple[Shape, list[str]]:
     """The whole target shape, and notes on what was filled in. What `wanted` leaves out stays as it is.
 
     Sizes go by their standard names or by the family's own. Raises UserError, naming the nearest valid values, for
-    sizes that can't be cut to: all of them at once. `config`, the source's, has the flags on which some of that hangs.
+    sizes that can't be cut to: all of them at once. `config`, the source's, has the flags on which some of that hangs;
+    `dtype` is the result's.
     """
     wanted = _standard(family, source, wanted)
     reasons = uncut(family, config or {})
@@ -57,7 +63,7 @@ def resolve_target(
     raise_all([_broken(rule, rules, family, source, wanted) for rule in rules if not rule.holds(sizes)])
     target = source.of(sizes)
     raise_all([_bound(axis, reasons[axis], source) for axis in reasons if _moves(axis, source, target)])
-    found = (*_misaligned(family, source, target, config or {}), *_unturned(source, target), *_without_a_kind(target))
+    found = (*_misaligned(family, source, target, dtype), *_unturned(source, target), *_without_a_kind(target))
     raise_all(list(found))
     followers = (key for key in source if sizes[key] != {**source, **wanted}[key])
     notes = [f"{key} follows {_leader(key, wanted)}: {sizes[key]}" for key in followers]
@@ -66,10 +72,9 @@ def resolve_target(
     return target, notes
 
 
-def _misaligned(family: Family, source: Shape, target: Shape, config: Mapping[str, Any]) -> Iterator[UserError]:
+def _misaligned(family: Family, source: Shape, target: Shape, dtype: str) -> Iterator[UserError]:
     """Sizes that transformers' default code for experts can't multiply: rows that aren't a multiple of 16 bytes."""
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    step = EXPERTS_ROW_BYTES // BYTES.get(str(dtype), BYTES["float32"])
+    step = EXPERTS_ROW_BYTES // BYTES[dtype]
     inside = {axis for row in family.tensors if row.stacked for dim in row.dims[1:] for axis in dim.axes()}
     for key, dim in target.dims.items():
         size = target[key]

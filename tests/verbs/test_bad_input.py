@@ -3,11 +3,13 @@
 import gzip
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_experts import small_experts
 from transformers import AutoTokenizer, BertConfig, LlavaConfig, T5Config
 
 from shearling.errors import UserError
@@ -16,7 +18,7 @@ from shearling.verbs.data import make_store
 from shearling.verbs.evaluate import evaluate
 from shearling.verbs.heal import heal
 from shearling.verbs.inspect import inspect
-from shearling.verbs.prune import prune
+from shearling.verbs.prune import open_target, prune
 
 VERBS = ("prune by masks", "prune by activation", "heal", "eval")
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -306,6 +308,19 @@ def test_a_target_that_can_not_be_read(to, told):
     with pytest.raises(UserError) as raised:
         validated(Prune, {"to": to})
     assert str(raised.value) == told
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_rows_of_experts_are_held_against_the_results_dtype(refused, tmp_path, ask_prune, stored, dtype):
+    """12 entries are 48 bytes in float32 and 24 in bfloat16, of which 16 is no divisor."""
+    small_experts("mixtral", dtype=stored).model.save_pretrained(tmp_path / "experts")
+    asked = ask_prune(to={"moe_intermediate_size": 12}, dtype=dtype)
+    opened = partial(open_target, str(tmp_path / "experts"), asked)
+    if dtype == "bfloat16" or (dtype is None and stored == torch.bfloat16):
+        refused(opened, "found 12; expected a multiple of 8 (16 bytes of bfloat16)", "moe_intermediate_size=8 or 16")
+    else:
+        assert opened()[1]["moe_intermediate_size"] == 12
 
 
 @pytest.mark.parametrize("verb", VERBS)
