@@ -97,6 +97,17 @@ class Checkpoint:
                 filled += count
         return raw.view(getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)
 
+    def alike(self, name: str, other: str) -> bool:
+        """Whether two tensors have one dtype, shape and payload. Holds no more than a block of each in memory."""
+        one, two = self.info(name), self.info(other)
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        with open(one.shard, "rb") as first, open(two.shard, "rb") as second:
+            first.seek(one.start)
+            second.seek(two.start)
+            sizes = (min(BLOCK_BYTES, one.nbytes - at) for at in range(0, one.nbytes, BLOCK_BYTES))
+            return all(first.read(size) == second.read(size) for size in sizes)
+
 
 def check_finite(name: str, tensor: "torch.Tensor") -> None:
     """Raises UserError, with counts, if a floating tensor holds NaN or an infinity."""

@@ -1,4 +1,4 @@
-"""A checkpoint held against its family's table, before anything is read from it."""
+"""A checkpoint held against its family's table, before anything is made of it."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -51,9 +51,10 @@ def parts_of(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], 
 
 
 def check_table(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], shape: Shape) -> None:
-    """Raises UserError, naming the first few, for tensors that are missing, of another shape, or in no table and part.
+    """Raises UserError, naming the first few, for tensors that are missing, of another shape, or in no table and part,
+    and for a head that isn't the table that config.json ties it to.
 
-    `config` is as in `parts_of`.
+    `config` is as in `parts_of`. Headers tell all of that, but where there is such a head the two are read.
     """
     expected = {name: piece.shape for name, (piece, _, _) in placed(family.written(config), shape.axes).items()}
     found = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
@@ -76,6 +77,7 @@ def check_table(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any
             )
     errors.extend(_wrong_sizes(what, expected, found))
     errors.extend(_no_part(what, family, found))
+    errors.extend(_not_tied(what, checkpoint, family, config))
     raise_all(errors)
 
 
@@ -90,6 +92,21 @@ def _wrong_sizes(
             expected=f"{list(expected[name])}, by config.json",
             change="get config and weights that belong together",
         )
+
+
+def _not_tied(what: str, checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> Iterator[UserError]:
+    """Heads with values of their own: transformers takes them as they are, whatever the config says of ties."""
+    if not family.setting(config, "tie_word_embeddings"):
+        return
+    rows = {row.name: row for row in family.tensors}
+    for head, table in ((row.at_disk(None), rows[row.tied].at_disk(None)) for row in rows.values() if row.tied):
+        if {head, table} <= checkpoint.tensors.keys() and not checkpoint.alike(head, table):
+            yield UserError(
+                f"{what}, tensor {head!r}",
+                found=f"other values than {table!r} has",
+                expected="the same ones, as config.json ties the two",
+                change="set tie_word_embeddings to false in config.json",
+            )
 
 
 def _no_part(what: str, family: Family, found: Mapping[str, object]) -> Iterator[UserError]:

@@ -183,6 +183,10 @@ def other_biases(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def a_head_of_its_own(folder: Path) -> None:
+    edit(folder / "config.json", tie_word_embeddings=True)
+
+
 def too_many_ids(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
@@ -232,6 +236,10 @@ def another_tokenizer(folder: Path) -> None:
         (another_size, ["found shape [48, 32]; expected [40, 32], by config.json", "that belong together"]),
         (more_layers, ["found 9 tensors not there: model.layers.3.", "the 39 tensors of a Llama of this config"]),
         (other_biases, ["found 21 tensors unknown: model.layers.0.", "get config and weights that belong together"]),
+        (
+            a_head_of_its_own,
+            ["'lm_head.weight': found other values than 'model.embed_tokens", "set tie_word_embeddings to false"],
+        ),
         (too_many_ids, ["tokenizer of", "found ids up to", "expected ids below", "the rows of the embedding"]),
         (
             an_id_beyond_the_rows,
@@ -244,6 +252,15 @@ def test_a_model_that_is_not_sound(call, refused, copied, verb, damage, parts):
     folder = copied()
     damage(folder)
     refused(lambda: call[verb](folder), *parts)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_head_that_is_the_table_may_lie_in_the_files(call, copied, verb):
+    folder = copied(tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert call[verb](folder).losses
 
 
 @pytest.mark.parametrize("verb", VERBS)

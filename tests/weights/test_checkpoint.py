@@ -59,6 +59,19 @@ def resident_bytes(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def test_alike_is_to_the_last_byte(model, monkeypatch):
+    monkeypatch.setattr("shearling.weights.checkpoint.BLOCK_BYTES", 10)
+    others = {"last": A.clone(), "shape": A.clone().reshape(3, 2), "dtype": A.clone().view(torch.int32)}
+    others["last"][-1, -1] += 1
+    checkpoint = Checkpoint.open(
+        model(
+            {FIRST: {"a": A, **others}, SECOND: {"same": A}},
+            index={**dict.fromkeys(["a", *others], FIRST), "same": SECOND},
+        )
+    )
+    assert [name for name in checkpoint.names if checkpoint.alike("a", name)] == ["a", "same"]
+
+
 def test_a_file_cut_short_while_open(model):
     folder = model()
     checkpoint = Checkpoint.open(folder)
