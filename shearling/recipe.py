@@ -156,10 +156,14 @@ class Training(Section):
         return 8 if self.optimizer == "adamw8bit" else 32
 
     def identity(self) -> dict[str, Any]:
-        """What makes a stage with these settings this one: all but what changes nothing in the result."""
+        """What makes a stage with these settings this one: all but what changes nothing in the result, and paths, which
+        are spelled in many ways; the verbs say what is there.
+        """
         kept = ("save_every", "keep_last", "keep_every")
         same = dict.fromkeys(("workers", "replicate", "offload", "log_every", "sinks", *kept), True)
-        return self.model_dump(mode="json", exclude={**same, "teacher": {"cache"}})
+        paths = {"mixture": {"reference"}, "teacher": {"model", "cache"}}
+        in_phases = {"phases": {"__all__": {"data": True, "mixture": {"reference"}}}}
+        return self.model_dump(mode="json", exclude={**same, **paths, **in_phases})
 
 
 class Prune(Training):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from math import exp
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from shearling import record
 from shearling.data.store import Store
 from shearling.errors import UserError
-from shearling.recipe import Data, load_recipe, validated
+from shearling.recipe import Data, Heal, load_recipe, validated
 from shearling.report.run_page import write_run_page
 from shearling.run import run
 from shearling.verbs.data import make_store
@@ -189,6 +190,31 @@ def test_a_last_phase_on_data_of_its_own(tmp_path, cut, store_folder, model_fold
     page = write_run_page(tmp_path / "page.html", title="Two phases", folders=folders).read_text()
     assert "Mixture of the data: heal" in page
     assert "chat" in page
+
+
+def test_what_lies_elsewhere_by_now_makes_no_other_stage(
+    tmp_path, cut, store_folder, model_folder, ask_heal, monkeypatch
+):
+    """A reference, a phase's store and a teacher, each by another path; but not with anything else in them."""
+    called, losses = (
+        partial(heal, str(cut.out), data=str(store_folder), out=str(tmp_path / "healed")),
+        cut.source_losses,
+    )
+
+    def asked(reference: Path, store: Path, teacher: Path) -> Heal:
+        phases = [{"steps": 2}, {"steps": 1, "data": str(store), "mixture": {"reference": str(reference), "every": 2}}]
+        taught = {"share": 0.5, "model": str(teacher)}
+        return ask_heal(steps=None, phases=phases, mixture={"reference": str(reference)}, teacher=taught)
+
+    (tmp_path / "reference.json").write_text(json.dumps(losses))
+    called(asked=asked(tmp_path / "reference.json", store_folder, model_folder))
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    elsewhere = (Path("reference.json"), Path(shutil.copytree(store_folder, "store")), moved)
+    assert called(asked=asked(*elsewhere)).done_before
+    (tmp_path / "reference.json").write_text(json.dumps({**losses, "code": 1.0}))
+    with pytest.raises(UserError, match="a stage with other settings"):
+        called(asked=asked(*elsewhere))
 
 
 def test_the_datas_end_is_told(tmp_path, cut, store_folder, ask_heal, caplog):
