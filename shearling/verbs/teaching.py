@@ -132,7 +132,7 @@ class Teaching:
 
     def identity(self) -> Mapping[str, Any]:
         """What a stage's identity has to have of it beside the options."""
-        return {"teacher": self.teacher.fingerprint, "cached": self.options.cache is not None}
+        return {"taught_by": self.teacher.fingerprint, "cached": self.options.cache is not None}
 
     def _device(self, session: Session) -> str:
         """Where it runs. Each of several ranks has one device of a kind, whatever number was asked for."""

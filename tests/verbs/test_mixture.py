@@ -310,6 +310,9 @@ def test_healing_by_a_teacher_is_told_and_counted(tmp_path, cut, store_folder, a
     named = ask_heal(teacher={"share": 0.5, "model": str(model_folder)}, mixture={"signal": "teacher_kl", "every": 2})
     heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "named"), asked=named)
     assert losses(tmp_path / "named") == losses(tmp_path / "taught")
+    less = ask_heal(teacher={"share": 0.25}, mixture={"signal": "teacher_kl", "every": 2})
+    with pytest.raises(UserError, match=r"teacher.share: 0.5 there, 0.25 now"):
+        heal(str(cut.out), data=str(store_folder), out=str(tmp_path / "taught"), asked=less)
 
 
 def test_masks_learn_from_a_teacher(tmp_path, model_folder, store_folder, ask_prune):
