@@ -46,6 +46,9 @@ def config_at(
     return result | dict.fromkeys(named, dtype)
 
 
-def max_positions(config: Mapping[str, Any]) -> int:
+def max_positions(family: Family, config: Mapping[str, Any]) -> int:
     """The longest sequence, in tokens, that a model was made for; 2,048 where its config doesn't say."""
-    return int(config.get("max_position_embeddings") or 2048)
+    try:
+        return int(family.setting(config, "max_position_embeddings") or 2048)
+    except KeyError:
+        return 2048

@@ -143,6 +143,11 @@ class Family:
         """The axes that its tensors have, layers among them."""
         return frozenset({"layer"}).union(*(dim.axes() for t in self.tensors for dim in t.dims))
 
+    @property
+    def learns_positions(self) -> bool:
+        """Whether each position is a row of a table, beyond whose end there is nothing."""
+        return any("vocab" not in row.dims[0].axes() for row in self.role("embed"))
+
     def normalisation(self, norm: Tensor) -> Normalisation:
         """How a row that is a norm works."""
         if isinstance(self.norms, Normalisation):

@@ -42,7 +42,7 @@ def evaluate(
     source = Source.open(model, dtype=dtype, arch=arch)
     store = Store.open(data)
     source.check_store(store)
-    seq_len = seq_len or source.seq_len()
+    seq_len = source.seq_len(seq_len)
     sequences = max(1, FORWARD_TOKENS // seq_len)
     feed = Feed(store, seq_len, sequences, seed=0)
     loaded = load_model(source.folder, dtype=getattr(torch, dtype or "float32"), device=device)

@@ -42,7 +42,7 @@ def inspect(model: str, *, arch: str | None = None) -> dict[str, Any]:
     family = family_of(config, given(path, arch))
     config = text_config(family, config)
     shape = shape_of(family, config)
-    context = max_positions(config)
+    context = max_positions(family, config)
     axes = {axis: size for axis, size in shape.axes.items() if axis in AXES and axis not in FOLLOWS}
     check_parts(family, config, shape)
     reasons = uncut(family, config)

@@ -99,7 +99,7 @@ class Session:
             check_8bit(device, ranks)
         if asked.kernels == "liger":
             check_liger(device, str(source.config["model_type"]))
-        seq_len = asked.seq_len or source.seq_len()
+        seq_len = source.seq_len(asked.seq_len)
         tokens = asked.tokens or (asked.steps or 0) * (asked.batch_tokens or 0) or default_tokens
         by_default = default_batch_tokens(source.parameters, tokens)
         sequences = batch_windows(asked.batch_tokens, seq_len=seq_len, by_default=by_default, ranks=ranks)

@@ -154,9 +154,16 @@ class Source:
         own = {"family": digest(self.family)} if self.own_family else {}
         return {"model": self.fingerprint, **own}
 
-    def seq_len(self) -> int:
-        """The window to read text in where nobody asks for another."""
-        return min(2048, max_positions(self.config))
+    def seq_len(self, asked: int | None) -> int:
+        """The window to read text in. Raises UserError for one that is `asked` for and that it has no positions for."""
+        most = max_positions(self.family, self.config)
+        if asked is not None and asked > most and self.family.learns_positions:
+            expected, change = (
+                f"at most {most}, the positions that {self.name} has learned",
+                "choose a shorter --seq-len",
+            )
+            raise UserError("seq_len", found=asked, expected=expected, change=change)
+        return asked or min(2048, most)
 
     def save(
         self,

@@ -110,7 +110,10 @@ class Teaching:
         return Streams(self.alignment.student, self.options.hidden, counting)
 
     def check(self, session: Session) -> None:
-        """Raises UserError for a cache of other things, before anything is computed."""
+        """Raises UserError for windows that the teacher has no positions for, and for a cache of other things, before
+        anything is computed.
+        """
+        self.teacher.seq_len(session.settings.seq_len)
         if self.options.cache is not None:
             Cache.check(*self._cache_of(Path(self.options.cache), session))
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_experts import small_experts
-from transformers import AutoTokenizer, BertConfig, LlavaConfig, T5Config
+from transformers import AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel, LlavaConfig, T5Config
 
 from shearling.errors import UserError
 from shearling.recipe import Data, Eval, Prune, validated
@@ -338,6 +339,33 @@ def test_rows_of_experts_are_held_against_the_results_dtype(refused, tmp_path, a
         refused(opened, "found 12; expected a multiple of 8 (16 bytes of bfloat16)", "moe_intermediate_size=8 or 16")
     else:
         assert opened()[1]["moe_intermediate_size"] == 12
+
+
+@pytest.fixture
+def gpt2(tmp_path, model_folder) -> Path:
+    """A model of 24 learned positions, with the tokenizer of the other."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "gpt2"))
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = GPT2Config(vocab_size=rows, n_positions=24, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_windows_beyond_learned_positions(call, refused, gpt2, verb):
+    options = {"to": {"intermediate_size": 32}} if "prune" in verb else {}
+    parts = ["seq_len: found 25; expected at most 24, the positions", "choose a shorter --seq-len"]
+    refused(lambda: call[verb](gpt2, seq_len=25, **options), *parts)
+    assert call[verb](gpt2, seq_len=None, **options).losses
+
+
+def test_a_teachers_learned_positions(call, refused, gpt2, model_folder):
+    teacher = {"share": 0.5, "model": str(gpt2)}
+    refused(lambda: call["heal"](model_folder, seq_len=25, teacher=teacher), "seq_len: found 25", "gpt2 has learned")
+
+
+def test_the_context_by_the_familys_own_name_for_it(gpt2):
+    assert inspect(str(gpt2))["context_tokens"] == 24
 
 
 @pytest.mark.parametrize("verb", VERBS)
