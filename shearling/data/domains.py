@@ -13,7 +13,7 @@ from shearling.data.store import name_error
 from shearling.errors import UserError, raise_all
 
 # Only data files name splits: `train.py` in a folder of code is a document like any other.
-SPLIT_SUFFIXES = (".jsonl", ".ndjson", ".txt", ".parquet", ".bin")
+SPLIT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet", ".bin")
 SPLIT_NAME = re.compile(r"(train|eval)([-_.0-9].*)?")
 
 

@@ -8,16 +8,22 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shearling.data.document import Document, Reading, fault, of_fields
-from shearling.data.files import chunks, compression, is_remote, shown, size_bytes
-from shearling.data.plain import decode
+from shearling.data.files import chunks, compression, is_remote, shown, size_bytes, suffix
+from shearling.data.plain import BOM, decode
 from shearling.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson")
+SUFFIXES = (".jsonl", ".ndjson", ".json")
 PART_BYTES = 1 << 25
+SHOWN_BYTES = 20
 
 
 def ranges(path: str, *, reading: Reading) -> list[tuple[int, int | None]]:
-    """Ranges of PART_BYTES bytes; a compressed file is one, as nothing tells where in it a line starts."""
+    """Ranges of PART_BYTES bytes; a compressed file is one, as nothing tells where in it a line starts.
+
+    Raises UserError for a .json that is something else, such as a list.
+    """
+    if suffix(path) == ".json":
+        _check_lines(path)
     if compression(path):
         return [(0, None)]
     size = size_bytes(path)
@@ -66,6 +72,23 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             parts = []
         parts.append(rest)
     yield b"".join(parts)
+
+
+def _check_lines(path: str) -> None:
+    """Of a name that says no more than JSON: whether it begins with a line that is an object."""
+    head = next(chunks(path), b"").removeprefix(BOM).lstrip()
+    if not head:
+        return
+    lines = (line.removeprefix(BOM).strip() for line in _lines(chunks(path)))
+    try:
+        json.loads(next(filter(None, lines)) if head.startswith(b"{") else "")  # all of a list may be one line
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            shown(path),
+            found=f"JSON that begins with {head[:SHOWN_BYTES].decode(errors='replace')!r}",
+            expected="an object in each line",
+            change="write it so (of a list `jq -c '.[]'` does), or name it .txt if it is to be read as plain text",
+        ) from error
 
 
 def _record(line: str, *, where: str) -> dict[str, Any]:

@@ -117,6 +117,12 @@ def test_a_plain_file_with_nul_is_binary(tmp_path):
     assert f"{path}: found a NUL at byte 3, so a binary file; expected plain text or .jsonl" in found
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
+def test_a_spreadsheet_is_no_plain_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b"id,text\n1,x\n")
+    assert "expected one as JSON lines or Parquet" in message(tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_every_truncation_of_a_compressed_file_is_seen(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"

@@ -1,3 +1,4 @@
+import gzip
 import json
 import tracemalloc
 from itertools import pairwise
@@ -65,6 +66,26 @@ def test_broken_records_are_passed_over_only_when_asked_and_told(tmp_path):
     found = list(read(Part(path), reading=Reading(skip_broken=True), broken=told.append))
     assert [document.text for document in found] == ["x", "y"]
     assert [str(error).partition(" (byte")[0] for error in told] == [f"{path}, line {n}" for n in range(2, 7)]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.json.gz"])
+def test_a_json_file_is_json_lines(tmp_path, name):
+    raw = b'\xef\xbb\xbf\n{"text": "x"}\n{"text": "y"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert texts_of(tmp_path / name) == ["x", "y"]
+
+
+@pytest.mark.parametrize("raw", ['[{"text": "x"}]', '\n [\n{"text": "x"}\n]', '{\n "text": "x"\n}', '"x"'])
+def test_other_json_is_refused_whatever_is_passed_over(tmp_path, raw):
+    (tmp_path / "a.json").write_text(raw)
+    found = fault_of(lambda path: parts(path, reading=Reading(skip_broken=True)), tmp_path / "a.json")
+    assert f"a.json: found JSON that begins with {raw.strip()[:20]!r}; expected an object in each line" in found
+
+
+def test_a_long_list_is_not_read_to_its_end(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("[" + '{"text": "x"}, ' * 100_000)
+    monkeypatch.setattr(jsonl, "_lines", lambda chunks: (pytest.fail("read on") for _ in chunks))
+    assert "jq -c '.[]'" in fault_of(parts, tmp_path / "a.json")
 
 
 def test_the_column_can_be_chosen(tmp_path):
