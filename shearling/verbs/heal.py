@@ -20,7 +20,7 @@ from shearling.train.optim import adamw
 from shearling.train.step import State
 from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.balancing import balanced
-from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, micro_batches, tidied
+from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, micro_batches, tidy
 from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_contents, choose_device, unwatched, warn_of_end
 from shearling.verbs.sinks import Sinks
@@ -79,7 +79,7 @@ def _heal(
     identity = {"verb": "heal", **source.identity(), "references": references, **asked.identity()}
     identity["data"] = [phase.session.feed.store.digest for phase in phases]
     identity |= teaching.identity() if teaching else {}
-    stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
+    stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidy)
     if is_done(stage, ranks):
         healed = json.loads((stage.out / ORIGIN).read_text(encoding="utf-8"))["healed"]
         return Healed(out=stage.out, done_before=True, **healed)

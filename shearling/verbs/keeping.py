@@ -1,5 +1,6 @@
 """A training stage kept as it goes: checkpoints, what they hold, how the same command goes on from one, and signals."""
 
+import json
 import logging
 import os
 import shutil
@@ -35,6 +36,7 @@ from shearling.verbs.sinks import Heard, Sinks
 log = logging.getLogger(__name__)
 
 FOLDER, RECORD = "checkpoints", "record.jsonl"
+GOING = "going.json"  # in that folder: names of those that go once the stage is finished
 SECONDS_BETWEEN = 600  # where nobody says how many steps
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -64,18 +66,15 @@ def _run(folder: Path) -> str:
     return sha256((folder / IDENTITY_FILE).read_bytes()).hexdigest()
 
 
-def tidied(keep_every: int | None) -> Callable[[Path], None]:
-    """For a finished stage: takes out of its folder the checkpoints that nobody asked to keep."""
-
-    def tidy(out: Path) -> None:
-        kept = {f"step-{n}" for n in numbers(out / FOLDER) if keep_every and n % keep_every == 0}
+def tidy(out: Path) -> None:
+    """Takes out of a finished stage's folder the checkpoints that whoever finished it left word to take out."""
+    with suppress(OSError):  # somebody else may be at it, or those that were asked for are there
+        going = json.loads((out / FOLDER / GOING).read_bytes())
         for found in (out / FOLDER).glob("step-*"):
-            if found.name not in kept:
+            if found.name in going:
                 shutil.rmtree(found, ignore_errors=True)
-        with suppress(OSError):  # those that were asked for are there
-            (out / FOLDER).rmdir()
-
-    return tidy
+        (out / FOLDER / GOING).unlink()
+        (out / FOLDER).rmdir()
 
 
 @dataclass(frozen=True)
@@ -192,12 +191,21 @@ class Keeping:
         self.checkpoints.wait()
         (ending,) = self.ranks.any(self._signal is not None)
         if not ending:
+            self.ranks.by_the_first(self._leave_word)
             return
         if self._unsaved:
             self._unsaved()
             self.checkpoints.wait()
         goes_on = f"goes on from {self.checkpoints.last}" if has_checkpoint(self.folder) else "begins it again"
         raise Stopped(self._signal or signal.SIGTERM, f"stopped after the last step: the same command {goes_on}")
+
+    def _leave_word(self) -> None:
+        """Lists the checkpoints that nobody asked to keep: `tidy` may be called by a command that asks otherwise."""
+        folder, every = self.checkpoints.folder, self.checkpoints.keep_every
+        if folder.is_dir():
+            kept = {f"step-{n}" for n in numbers(folder) if every and n % every == 0}
+            going = [path.name for path in folder.glob("step-*") if path.name not in kept]
+            (folder / GOING).write_text(json.dumps(going), encoding="utf-8")
 
     def _told(self, number: int, frame: Any) -> None:
         if self._signal is not None:

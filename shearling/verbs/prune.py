@@ -31,7 +31,7 @@ from shearling.train.loop import train
 from shearling.train.optim import adamw
 from shearling.verbs.aim import aimed, given
 from shearling.verbs.balancing import balanced
-from shearling.verbs.keeping import Held, Keeping, has_checkpoint, micro_batches, tidied
+from shearling.verbs.keeping import Held, Keeping, has_checkpoint, micro_batches, tidy
 from shearling.verbs.memory import Trained
 from shearling.verbs.session import Session, Watch, check_contents, choose_device, unwatched, warn_of_end
 from shearling.verbs.sinks import Sinks
@@ -100,7 +100,7 @@ def _prune(
     teaching = Teaching.wanted(asked.teacher, student=source, own=source, why="", device=device, ranks=ranks)
     identity = {"verb": "prune", **source.identity(), "data": store.digest, "references": references}
     identity |= {**asked.identity(), **(teaching.identity() if teaching else {})}
-    stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidied(asked.keep_every))
+    stage = Stage(out, identity, resumable=has_checkpoint, tidy=tidy)
     if is_done(stage, ranks):
         return _read_back(stage.out)
     for note in (*notes, *session.notes):

@@ -408,6 +408,22 @@ def test_a_full_disk_at_a_line_of_the_record(tmp_path, cut, store_folder, ask_he
 
 
 def test_checkpoints_asked_for_stay(tmp_path, cut, store_folder, ask_heal):
-    asked = ask_heal(steps=6, save_every=1, keep_every=2)
-    out = heal(str(cut), data=str(store_folder), out=str(tmp_path / "out"), asked=asked).out
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
+    """Whatever a later command on the finished stage asks."""
+    verb = partial(heal, str(cut), data=str(store_folder), out=str(tmp_path / "out"))
+    for keep_every in (2, None, 3, 1):
+        out = verb(asked=ask_heal(steps=6, save_every=1, keep_every=keep_every)).out
+        assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
+
+
+@pytest.mark.parametrize(("keep_every", "kept"), [(None, []), (2, ["step-2", "step-4"])])
+def test_killed_once_the_stage_has_its_name_the_other_checkpoints_go_the_next_time(
+    tmp_path, cut, store_folder, ask_heal, monkeypatch, keep_every, kept
+):
+    verb = partial(heal, str(cut), data=str(store_folder), out=str(tmp_path / "out"))
+    with monkeypatch.context() as patched:
+        patched.setattr("shearling.verbs.heal.tidy", lambda out: os.kill(os.getpid(), signal.SIGKILL))
+        assert apart(partial(verb, asked=ask_heal(steps=5, save_every=1, keep_every=keep_every))) == -signal.SIGKILL
+    assert {"step-2", "step-4", "step-5"} & {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
+    assert verb(asked=ask_heal(steps=5)).done_before
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoints/*")) == kept
+    assert (tmp_path / "out" / "checkpoints").exists() == bool(kept)
