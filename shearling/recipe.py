@@ -17,6 +17,9 @@ from shearling.strict_yaml import StrictLoader, read_mapping
 from shearling.teacher.options import Options as Teacher
 
 RECIPE_FILE = "recipe.yaml"
+LEFT_BY_RUN = (
+    "# Left by `shearling run`: what it was asked, with all defaults.\n"  # its first line; others' aren't replaced
+)
 BRANCH = re.compile(r"(dict|list)\[.*|constrained-\w+|str|int|float")  # what pydantic calls the branches of a union
 FLAGS = {"micro_sequences": "--micro-batch", "sinks": "--sink"}  # keys that the command line has another name for
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -352,17 +355,42 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     return validated(Recipe, values)
 
 
-def write_recipe(values: Mapping[str, Any], out: Path) -> None:
-    """Makes the run's folder, with its resolved recipe's values. Raises UserError where something else is there."""
+def check_out(recipe: Recipe, out: Path) -> None:
+    """Raises UserError where something else than a run is in the way, or a recipe of the user's own that isn't this."""
     path, change = out / RECIPE_FILE, "choose another out, or move what is there away"
-    text = yaml.safe_dump(dict(values), sort_keys=False)
-    if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out {out}", found="something that isn't a run", expected="nothing, or a run", change=change)
+    if not path.is_file():
+        if out.exists() and (not out.is_dir() or any(entry.name != f"{path.name}.new" for entry in out.iterdir())):
+            found = "something that isn't a run"
+            raise UserError(f"out {out}", found=found, expected="nothing, or a run", change=change)
+    elif not _left_by_run(path) and not _says(path, recipe):
+        found, expected = "a recipe that no run has left there, and another than this", "one of a run, or none"
+        raise UserError(f"recipe {path}", found=found, expected=expected, change=change)
+
+
+def write_recipe(values: Mapping[str, Any], out: Path) -> None:
+    """Leaves a run's resolved recipe's values in its folder, which is made; the user's own stays. Raises UserError."""
+    path = out / RECIPE_FILE
+    if path.is_file() and not _left_by_run(path):
+        return
+    new = path.with_name(f"{path.name}.new")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        new.write_text(LEFT_BY_RUN + yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+        new.replace(path)
     except OSError as error:
+        change = "choose another out, or mend its permissions"
         raise UserError(f"out {out}", found=error.strerror, expected="a folder to write", change=change) from error
+
+
+def _left_by_run(path: Path) -> bool:
+    return path.read_bytes().startswith(LEFT_BY_RUN.encode())
+
+
+def _says(path: Path, recipe: Recipe) -> bool:
+    try:
+        return load_recipe(path) == recipe
+    except UserError:
+        return False
 
 
 def _override(values: dict[str, Any], setting: str) -> None:

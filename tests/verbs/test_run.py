@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from shearling import record
 from shearling.errors import UserError
 from shearling.recipe import Data, Recipe, load_recipe
 from shearling.run import run
+from shearling.stage import locked
 
 RECIPE = """
 model: {model}
@@ -119,7 +121,7 @@ def test_the_resolved_recipe_is_explicit_and_the_same_recipe(ran, folder):
     assert resolved["heal"]["tokens"] == 1000
     assert resolved["heal"]["schedule"] == "trapezoid"
     again = load_recipe(folder / "run" / "recipe.yaml")
-    assert yaml.safe_dump(again.model_dump(mode="json"), sort_keys=False) == text
+    assert yaml.safe_dump(again.model_dump(mode="json"), sort_keys=False) == text.partition("\n")[2]
 
 
 def test_a_second_run_passes_over_what_is_finished(ran, folder, recipe_file):
@@ -130,10 +132,55 @@ def test_a_second_run_passes_over_what_is_finished(ran, folder, recipe_file):
 
 
 def test_a_finished_stage_with_other_settings_is_not_overwritten(ran, folder, recipe_file):
-    before = state(folder / "run")
+    before, left = state(folder / "run"), (folder / "run" / "recipe.yaml").read_text()
     with pytest.raises(UserError, match=r"run/prune: found a stage with other settings \(lr: 0.001 there, 0.5 now"):
         run(load_recipe(recipe_file, ["heal.tokens=1K", "prune.masks.lr=0.02", "prune.lr=0.5"]))
     assert state(folder / "run") == before
+    assert (folder / "run" / "recipe.yaml").read_text() == left
+
+
+def test_a_second_run_at_once_is_refused_and_leaves_everything(ran, folder, recipe_file):
+    before = {name: (folder / "run" / name).read_text() for name in ("recipe.yaml", "record.jsonl")}
+    with locked(folder / "run.lock"), pytest.raises(UserError, match=r"run.lock: found process .*, which holds it"):
+        run(load_recipe(recipe_file, ["heal.tokens=2K", "prune.masks.lr=0.02"]))
+    assert before == {name: (folder / "run" / name).read_text() for name in before}
+
+
+def test_a_recipe_is_left_once_no_stage_that_was_begun_can_refuse_it(tmp_path, recipe_file, store_folder):
+    out, seen = tmp_path / "run", []
+    settings = [f"data={store_folder}", f"out={out}", "prune.method=activation"]
+
+    def left() -> int:
+        return yaml.safe_load((out / "recipe.yaml").read_text())["heal"]["tokens"]
+
+    def stopping(title, steps):
+        seen.append((title, left()))
+        raise KeyboardInterrupt
+
+    for tokens in (500, 500):  # begun, and gone on with
+        with pytest.raises(KeyboardInterrupt):
+            run(load_recipe(recipe_file, [*settings, f"heal.tokens={tokens}"]), watch=stopping)
+    with pytest.raises(
+        UserError, match=r"heal.partial: found a stage with other settings \(tokens: 500 there, 600 now"
+    ):
+        run(load_recipe(recipe_file, [*settings, "heal.tokens=600"]))
+    assert left() == 500
+    shutil.rmtree(out / "heal.partial")
+    with pytest.raises(KeyboardInterrupt):
+        run(load_recipe(recipe_file, [*settings, "heal.tokens=600"]), watch=stopping)
+    assert seen == [("healing", 500), ("healing", 500), ("healing", 600)]
+
+
+def test_a_recipe_of_the_users_own_stays(tmp_path, recipe_file, store_folder):
+    """As it is where it says the same, else the run is refused."""
+    own, settings = tmp_path / "recipe.yaml", ["heal=null", f"data={store_folder}", "prune.method=activation"]
+    text = yaml.safe_dump(load_recipe(recipe_file, [*settings, f"out={tmp_path}"]).model_dump(exclude_defaults=True))
+    own.write_text(f"# mine\n{text}")
+    with pytest.raises(UserError, match=rf"recipe {own}: found a recipe that no run has left there"):
+        run(load_recipe(own, ["prune.seed=1"]))
+    assert list(tmp_path.iterdir()) == [own]
+    run(load_recipe(own))
+    assert own.read_text() == f"# mine\n{text}"
 
 
 def test_a_run_can_end_with_the_cut_on_a_store_that_is_there(tmp_path, recipe_file, store_folder):
