@@ -1,6 +1,6 @@
 """What each option that saves memory takes of a device, to the byte, and what was estimated of it.
 
-    python benchmarks/on_device.py MODEL TEXT_FOLDER WORK_FOLDER [ARM ...]    prints, and writes benchmarks/on_device.json
+    python benchmarks/on_device.py MODEL TEXT_FOLDER WORK_FOLDER [ARM ...]    prints, and writes on_device.json here
 
 MODEL is SmolLM2-135M. The device is a stand-in for an accelerator (tests/standin.cpp, needs a C++ compiler), whose
 operators the CPU computes: memory of its own by torch's account, without caches or fragments. So bytes are those of all

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from shearling.data import hub, jsonl, mds, megatron, parquet, plain
+from shearling.data import hub, jsonl, mds, megatron, parquet, plain, records
 from shearling.data.document import Document, Reading
 from shearling.data.domains import Domain, Input, find_domains
-from shearling.data.files import place, shown, suffix
+from shearling.data.files import place, suffix
 from shearling.errors import UserError
 
 __all__ = ["Document", "Domain", "Input", "Part", "Reading", "find_domains", "parts", "read"]
 
-SPREADSHEETS = (".csv", ".tsv")  # as plain text they would be one document, commas and all
 Broken = Callable[[UserError], None]
 
 
@@ -48,22 +47,22 @@ def parts(path: str | Path, *, reading: Reading = DEFAULT) -> list[Part]:
     """The pieces of one source that can be read by processes of their own, in order.
 
     Pieces are of some 32 MB where the format allows it. Raises UserError for what can't be opened, for a table without
-    the column that `reading` asks for, and for formats that aren't read.
+    the column that `reading` asks for, and for lists and spreadsheets that have it.
     """
     source = place(path)
-    return [Part(source, start, end) for start, end in _reader(source).ranges(source, reading=reading)]
+    return [Part(source, start, end) for start, end in _reader(source, reading).ranges(source, reading=reading)]
 
 
 def read(part: Part, *, reading: Reading = DEFAULT, broken: Broken | None = None) -> Iterator[Document]:
     """The documents of one part in order, empty ones included.
 
-    JSON lines hold one document a line (blank lines are passed over), tables one a row; a file of any other kind that
-    is read at all is one document. A UTF-8 BOM at the start of a text file is dropped.
+    JSON lines hold one document a line (blank lines are passed over), tables one a row; a file of any other kind is
+    one document. A UTF-8 BOM at the start of a text file is dropped.
     Raises UserError for what can't be read, naming the file and the line, byte, row or document. With
     `reading.skip_broken` a broken record goes to `broken` instead, to be counted, and reading goes on.
     """
     source = place(part.path)
-    for found in _reader(source).documents(source, start=part.start, end=part.end, reading=reading):
+    for found in _reader(source, reading).documents(source, start=part.start, end=part.end, reading=reading):
         if isinstance(found, Document):
             yield found
         elif not reading.skip_broken:
@@ -72,20 +71,15 @@ def read(part: Part, *, reading: Reading = DEFAULT, broken: Broken | None = None
             broken(found)
 
 
-def _reader(path: str) -> _Reader:
+def _reader(path: str, reading: Reading) -> _Reader:
     if hub.is_dataset(path):
         return hub
     if mds.is_mds(path):  # an index.json
         return mds
     if suffix(path) in jsonl.SUFFIXES:
         return jsonl
-    if suffix(path) in SPREADSHEETS:
-        raise UserError(
-            shown(path),
-            found=f"a table as {suffix(path)}",
-            expected="one as JSON lines or Parquet",
-            change="convert it (pandas.read_csv, then to_parquet), or name it .txt if it is to be read as plain text",
-        )
+    if suffix(path) in records.SUFFIXES:
+        return jsonl if records.are_lines(path, reading=reading) else plain
     if path.lower().endswith(".parquet"):
         return parquet
     if megatron.is_megatron(path):

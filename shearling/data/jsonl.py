@@ -8,22 +8,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shearling.data.document import Document, Reading, fault, of_fields
-from shearling.data.files import chunks, compression, is_remote, shown, size_bytes, suffix
-from shearling.data.plain import BOM, decode
+from shearling.data.files import chunks, compression, is_remote, shown, size_bytes
+from shearling.data.plain import decode
 from shearling.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (".jsonl", ".ndjson")
 PART_BYTES = 1 << 25
-SHOWN_BYTES = 20
 
 
 def ranges(path: str, *, reading: Reading) -> list[tuple[int, int | None]]:
-    """Ranges of PART_BYTES bytes; a compressed file is one, as nothing tells where in it a line starts.
-
-    Raises UserError for a .json that is something else, such as a list.
-    """
-    if suffix(path) == ".json":
-        _check_lines(path)
+    """Ranges of PART_BYTES bytes; a compressed file is one, as nothing tells where in it a line starts."""
     if compression(path):
         return [(0, None)]
     size = size_bytes(path)
@@ -53,17 +47,18 @@ def _lines_of(path: str, *, start: int, end: int | None) -> Iterator[tuple[int, 
     """The lines that start within a range, each with the byte it starts at."""
     # From the byte before, whose line end tells whether a line starts at `start`.
     offset = max(start - 1, 0)
-    lines = _lines(chunks(path, start=offset))
+    found = lines(chunks(path, start=offset))
     if start:
-        offset += len(next(lines)) + 1
-    for line in lines:
+        offset += len(next(found)) + 1
+    for line in found:
         if end is not None and offset >= end:
             return
         yield offset, line
         offset += len(line) + 1
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that chunks come to, without their ends."""
     parts: list[bytes] = []
     for chunk in chunks:
         *ends, rest = chunk.split(b"\n")
@@ -72,23 +67,6 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             parts = []
         parts.append(rest)
     yield b"".join(parts)
-
-
-def _check_lines(path: str) -> None:
-    """Of a name that says no more than JSON: whether it begins with a line that is an object."""
-    head = next(chunks(path), b"").removeprefix(BOM).lstrip()
-    if not head:
-        return
-    lines = (line.removeprefix(BOM).strip() for line in _lines(chunks(path)))
-    try:
-        json.loads(next(filter(None, lines)) if head.startswith(b"{") else "")  # all of a list may be one line
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            shown(path),
-            found=f"JSON that begins with {head[:SHOWN_BYTES].decode(errors='replace')!r}",
-            expected="an object in each line",
-            change="write it so (of a list `jq -c '.[]'` does), or name it .txt if it is to be read as plain text",
-        ) from error
 
 
 def _record(line: str, *, where: str) -> dict[str, Any]:

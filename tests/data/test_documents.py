@@ -117,10 +117,27 @@ def test_a_plain_file_with_nul_is_binary(tmp_path):
     assert f"{path}: found a NUL at byte 3, so a binary file; expected plain text or .jsonl" in found
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
-def test_a_spreadsheet_is_no_plain_text(tmp_path, name):
-    (tmp_path / name).write_bytes(b"id,text\n1,x\n")
-    assert "expected one as JSON lines or Parquet" in message(tmp_path / name)
+@pytest.mark.parametrize("raw", ["id,text\n1,x\n", 'id,"text"\n1,x\n'])
+def test_a_spreadsheet_of_documents_is_no_plain_text(tmp_path, raw):
+    (tmp_path / "a.csv").write_text(raw)
+    (tmp_path / "a.tsv").write_text(raw.replace(",", "\t"))
+    for name in ("a.csv", "a.tsv"):
+        assert f"{name}: found a spreadsheet with 'text' in it; expected JSON lines" in message(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("package.json", '{\n "text": "x"\n}\n'),
+        ("minified.json", '{"a": 1}'),
+        ("list.json", "[1, 2]"),
+        ("empty.json", ""),
+        ("data.csv", "id,name\n1,x\n"),
+    ],
+)
+def test_what_code_comes_with_is_plain_text(tmp_path, name, raw):
+    (tmp_path / name).write_text(raw)
+    assert texts(tmp_path / name) == [raw]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

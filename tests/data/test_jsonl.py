@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from sources import documents_of, fault_of, texts_of
 
-from shearling.data import jsonl
+from shearling.data import jsonl, records
 from shearling.data.documents import Part, Reading, parts, read
 from shearling.errors import UserError
 
@@ -75,16 +75,22 @@ def test_a_json_file_is_json_lines(tmp_path, name):
     assert texts_of(tmp_path / name) == ["x", "y"]
 
 
-@pytest.mark.parametrize("raw", ['[{"text": "x"}]', '\n [\n{"text": "x"}\n]', '{\n "text": "x"\n}', '"x"'])
-def test_other_json_is_refused_whatever_is_passed_over(tmp_path, raw):
+def test_a_json_file_of_two_objects_is_json_lines_too(tmp_path):
+    (tmp_path / "a.json").write_text('{"content": "x"}\n{"content": "y"}\n')
+    assert "no 'text' among the keys (content)" in fault_of(texts_of, tmp_path / "a.json")
+    assert texts_of(tmp_path / "a.json", text_column="content") == ["x", "y"]
+
+
+@pytest.mark.parametrize("raw", ['[{"text": "x"}]', '\n [\n{"text": "x"}\n]'])
+def test_a_list_of_documents_is_refused_whatever_is_passed_over(tmp_path, raw):
     (tmp_path / "a.json").write_text(raw)
     found = fault_of(lambda path: parts(path, reading=Reading(skip_broken=True)), tmp_path / "a.json")
-    assert f"a.json: found JSON that begins with {raw.strip()[:20]!r}; expected an object in each line" in found
+    assert "a.json: found a list with 'text' in it; expected JSON lines, an object in each line" in found
 
 
 def test_a_long_list_is_not_read_to_its_end(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("[" + '{"text": "x"}, ' * 100_000)
-    monkeypatch.setattr(jsonl, "_lines", lambda chunks: (pytest.fail("read on") for _ in chunks))
+    monkeypatch.setattr(records, "lines", lambda chunks: (pytest.fail("read on") for _ in chunks))
     assert "jq -c '.[]'" in fault_of(parts, tmp_path / "a.json")
 
 
