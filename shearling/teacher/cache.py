@@ -131,7 +131,8 @@ class Cache:
 def _start(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest of a new cache. Ranks may do so at once: each renames a whole one."""
     folder.mkdir(parents=True, exist_ok=True)
-    if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(MANIFEST)):
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(MANIFEST))
+    if others and not (folder / MANIFEST).is_file():  # else they are of a rank that was sooner, since `open` looked
         raise UserError(str(folder), found=others[0], expected="a teacher's cache", change="name a new folder")
     own = folder / f"{MANIFEST}.{socket.gethostname()}.{os.getpid()}"
     own.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")

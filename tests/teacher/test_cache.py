@@ -179,6 +179,19 @@ def test_ranks_share_a_cache(store: Store, tmp_path: Path) -> None:
     assert torch.equal(said(one, found).ids, said(two, found).ids)
 
 
+def test_a_rank_may_be_later_than_another(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It found no manifest; when it lists the folder the other's folders of domains are there."""
+    start = caches._start
+
+    def late(folder: Path, of: caches.Manifest) -> None:
+        monkeypatch.undo()
+        Cache.open(folder, of)
+        start(folder, of)
+
+    monkeypatch.setattr(caches, "_start", late)
+    assert Cache.open(tmp_path / "c", manifest(store)).read("wiki", 0) is None
+
+
 @pytest.mark.parametrize(
     "change", [{"k": 5}, {"seed": 1}, {"teacher": "g"}, {"store": "h"}, {"separate": True}, {"kind": "top_k"}]
 )
