@@ -188,6 +188,14 @@ def _acquire(lock: Path) -> int:
         os.close(descriptor)
 
 
+def check_place(path: Path, *, what: str, change: str) -> None:
+    """Raises UserError where nothing can be made at `path`, of which the folders are yet to be made; makes none."""
+    above = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        found = "which can't be written" if above.is_dir() else "which is no folder"
+        raise UserError(what, found=f"{above}, {found}", expected="a folder that you may write to", change=change)
+
+
 def _same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))

@@ -20,11 +20,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from shearling.errors import UserError, raise_all
+from shearling.stage import check_place
 from shearling.teacher.options import KindName
 from shearling.teacher.sparse import KINDS, Kind
 
 MANIFEST = "manifest.json"
 SUMS = np.dtype("<u4")
+ELSEWHERE = "name another folder, or mend what is in the way"
 
 
 class Manifest(BaseModel):
@@ -60,18 +62,25 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest) -> "Cache":
-        """The cache in `folder`, made where there is none. Raises UserError for one of something else, or broken."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            _start(folder, manifest)
-        _check(path, manifest)
-        cache = cls(folder, manifest)
-        cache._make_room()
+        """The cache in `folder`, made where there is none.
+
+        Raises UserError for one of something else or broken, and for a folder that can't be written.
+        """
+        path, cache = folder / MANIFEST, cls(folder, manifest)
+        try:
+            if not path.is_file():
+                _start(folder, manifest)
+            _check(path, manifest)
+            cache._make_room()
+        except OSError as error:
+            found, expected = f"it can't be written ({error.strerror})", "a folder that you may write to"
+            raise UserError(f"teacher's cache {folder}", found=found, expected=expected, change=ELSEWHERE) from error
         return cache
 
     @staticmethod
     def check(folder: Path, manifest: Manifest) -> None:
-        """Raises UserError for a cache in `folder` that `open` would refuse for its manifest; makes nothing."""
+        """Raises UserError for what `open` would refuse by a manifest or by the place; makes nothing."""
+        check_place(folder / MANIFEST, what=f"teacher's cache {folder}", change=ELSEWHERE)
         if (folder / MANIFEST).is_file():
             _check(folder / MANIFEST, manifest)
 

@@ -216,6 +216,21 @@ def test_broken_folders_are_refused(store: Store, tmp_path: Path) -> None:
         Cache.open(tmp_path / "c", manifest(store))
 
 
+def test_a_place_where_none_can_be_made_is_refused(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    folder, described = tmp_path / "file" / "c", manifest(store)
+    with pytest.raises(UserError, match=rf"cache {folder}: found {tmp_path}/file, which is no folder"):
+        Cache.check(folder, described)
+    with pytest.raises(UserError, match=rf"cache {folder}: found it can't be written \(Not a directory\)"):
+        Cache.open(folder, described)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may write anywhere
+    with pytest.raises(UserError, match=rf"found {tmp_path}, which can't be written"):
+        Cache.check(tmp_path / "c", described)
+    assert not (tmp_path / "c").exists()
+
+
 def test_its_size_is_known_before_it_is_written(store: Store, tmp_path: Path) -> None:
     cache = Cache.open(tmp_path / "c", manifest(store))
     files = [path for path in cache.folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
