@@ -71,9 +71,9 @@ def load_reference(
     where = "reference"
     if isinstance(given, Mapping):
         found = parse_reference(given, where=where)
-    elif os.path.isfile(given) or "=" not in str(given):
+    elif os.path.isfile(path := os.path.expanduser(given)) or "=" not in str(given):
         where = f"reference {given}"
-        found = parse_reference(read_mapping(Path(given), what="reference"), where=where)
+        found = parse_reference(read_mapping(Path(path), what="reference"), where=where)
     else:
         found = Reference(parse_given(str(given)), where)
     return found.per_token(domains=domains, tokenizer=tokenizer, bytes_per_token=bytes_per_token, where=where)

@@ -177,7 +177,7 @@ class Teaching:
             weights=f"{self._dtype(self.options.device or session.device)} {self.options.weights}",
             windows={domain: store.window_count(domain, "train", seq_len) for domain in store.domains},
         )
-        return folder / _place(store, seq_len, separate), manifest
+        return folder.expanduser() / _place(store, seq_len, separate), manifest
 
 
 def _kind(device: str) -> str:

@@ -185,11 +185,12 @@ def test_a_floor_below_zero_is_told_even_beside_json(monkeypatch, capsys, write)
     assert "E below 0" in told.err
 
 
-def test_what_heal_may_be_given(tmp_path, store):
+def test_what_heal_may_be_given(tmp_path, store, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     bare, text = {"code": 1.0, "prose": 2.0, "sums": 3.0}, "code=1,prose=2,sums=3"
     (tmp_path / "bare.yaml").write_text("code: 1\nprose: 2.0\nsums: 3e0\n")
     (tmp_path / "bare.json").write_text(json.dumps(bare))
-    for given in (bare, text, tmp_path / "bare.yaml", str(tmp_path / "bare.json")):
+    for given in (bare, text, tmp_path / "bare.yaml", str(tmp_path / "bare.json"), "~/bare.json"):
         assert load(given, store) == bare
     ratios = bytes_per_token(store)
     assert load({"losses": bare, "unit": "nats_per_byte"}, store)["sums"] == pytest.approx(3 * ratios["sums"])

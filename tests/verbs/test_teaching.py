@@ -109,6 +109,14 @@ def test_a_cached_teacher_is_loaded_once_for_all_runs(kind, cut, model_folder, s
         healed(Teaching.plan(other, teacher=teacher, student=cut), cut, session)
 
 
+def test_a_cache_may_lie_in_the_home_folder(cut, model_folder, session, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    options = Options(share=0.5, cache="~/c")
+    Teaching.plan(options, teacher=Source.open(str(model_folder)), student=cut).objective(session)
+    assert list((tmp_path / "c").glob("*/manifest.json"))
+
+
 def test_what_cannot_teach_is_refused(cut, model_folder, copied, tmp_path) -> None:
     teacher = Source.open(str(model_folder))
     with pytest.raises(UserError, match="expected a teacher that runs along"):
