@@ -1,6 +1,7 @@
 """The command line: exit codes, what goes to stdout and what to stderr; a few as real commands."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 
 import shearling
 from shearling import cli
+from shearling.arch.llama import LLAMA
 from shearling.cli.show import step_note
+from shearling.draft.draft import Draft
 from shearling.stage import Stage
 
 VERBS = ("inspect", "data", "prune", "heal", "eval", "reference", "run", "demo")
@@ -172,6 +175,26 @@ def test_inspect_prints_tables_or_one_object(monkeypatch, capsys, config_folder)
 
 
 # As real commands
+
+
+def test_a_draft_that_cannot_be_written_is_not_lost(monkeypatch, capsys, tmp_path, config_folder):
+    drafted = Draft("mine", LLAMA, ("hidden",))
+    monkeypatch.setattr("shearling.draft.draft.draft_model", lambda model: drafted)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", lambda *args, **kwargs: raising(full))
+        assert run_main(monkeypatch, "inspect", config_folder, "--draft", "--out", tmp_path / "f.yaml") == 2
+    told = capsys.readouterr()
+    assert drafted.text() in told.out
+    assert "f.yaml: found it can't be written (No space left on device)" in told.err
+    within = config_folder / "config.json" / "f.yaml"
+    monkeypatch.setattr("shearling.draft.draft.draft_model", lambda model: pytest.fail("it was drafted"))
+    assert run_main(monkeypatch, "inspect", config_folder, "--draft", "--out", within) == 2
+    assert "config.json, which is no folder; expected a folder that you may write to" in capsys.readouterr().err
+
+
+def raising(error: Exception) -> None:
+    raise error
 
 
 def test_the_version():
