@@ -471,8 +471,6 @@ def reference(
     if out is not None:
         check_out(Path(out))
     found = find(from_source=from_source, scaling_law=scaling_law, given=given, size=size, data=data, asked=asked)
-    if out is not None:
-        write_reference(found, Path(out))
     if as_json:
         print_json(found.losses)
     else:
@@ -480,7 +478,10 @@ def reference(
         print_rows(("domain", "nats per token"), [(domain, f"{loss:.4f}") for domain, loss in found.losses.items()])
     for note in found.notes:
         print(note, file=sys.stderr if as_json else sys.stdout)
-    if out is not None and not as_json:
+    if out is None:
+        return
+    write_reference(found, Path(out))  # last: where something else is there what was measured isn't lost
+    if not as_json:
         say_done(out, False)
 
 

@@ -19,6 +19,7 @@ from shearling.mixture.reference import (
     parse_reference,
 )
 from shearling.recipe import Eval, Heal, parse_tokens, validated
+from shearling.stage import check_place
 from shearling.strict_yaml import read_mapping
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def write_reference(found: Reference, out: Path) -> None:
         return
     partial = out.with_name(out.name + ".partial")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -100,7 +102,10 @@ def write_reference(found: Reference, out: Path) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raises UserError, before anything is computed, unless `out` is free, or a reference that may be this very one."""
+    """Raises UserError, before anything is computed, unless `out` can be written, or is a reference that may be this
+    very one.
+    """
+    check_place(out, what=f"out {out}", change=ELSEWHERE)
     if not out.exists():
         return
     try:

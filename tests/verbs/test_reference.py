@@ -172,8 +172,19 @@ def test_what_is_in_the_way_is_left_alone(monkeypatch, capsys, tmp_path):
     assert run_main(monkeypatch, "--given", "d=1", "--out", out) == 2
     assert "found something that isn't a reference; expected nothing; choose another --out" in capsys.readouterr().err
     assert out.read_text() == "mine"
-    assert run_main(monkeypatch, "--given", "d=1", "--out", tmp_path / "absent" / "r.json") == 2
-    assert "found No such file or directory; expected a file that can be written" in capsys.readouterr().err
+    assert run_main(monkeypatch, "--given", "d=1", "--out", out / "r.json") == 2
+    told = capsys.readouterr()
+    assert f"found {out}, which is no folder; expected a folder that you may write to" in told.err
+    assert told.out == ""  # before anything was computed
+
+
+def test_what_was_found_is_printed_though_it_cannot_be_written(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "new" / "r.json"
+    assert run_main(monkeypatch, "--given", "d=1", "--out", out) == 0
+    assert run_main(monkeypatch, "--given", "d=2", "--out", out) == 2
+    told = capsys.readouterr()
+    assert "found another reference" in told.err
+    assert ["d", "2.0000"] in [line.split() for line in told.out.splitlines()]
 
 
 def test_a_floor_below_zero_is_told_even_beside_json(monkeypatch, capsys, write):
