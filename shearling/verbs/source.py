@@ -28,6 +28,7 @@ from shearling.weights.folder import carry, resolve
 from shearling.weights.header import DTYPES
 from shearling.weights.model import Beside, assembled, reader, save_model
 from shearling.weights.table import Parts, as_stored, check_table, parts_of
+from shearling.weights.writer import room_for
 
 ORIGIN = "shearling.json"
 
@@ -184,6 +185,8 @@ class Source:
         chosen = getattr(torch, dtype) if dtype else self.dtype
         name = str(chosen).removeprefix("torch.")
         config = config_at(self.family, self.config, shape, layers=layers, dtype=name, rotary=rotary)
+        if writes:
+            self._carry(folder)  # first, so that the weights are held against the room that is left
         save_model(
             folder,
             family=self.family,
@@ -198,12 +201,14 @@ class Source:
             ),
             writes=writes,
         )
-        if not writes:
-            return config
-        carry(self.folder, folder)
-        if self.own_family:
-            (folder / FILE).write_text(dump(self.family), encoding="utf-8")
         return config
+
+    def _carry(self, folder: Path) -> None:
+        """Puts into a model's folder what goes along with the weights."""
+        with room_for(folder, "tokenizer, templates and licences"):
+            carry(self.folder, folder)
+            if self.own_family:
+                (folder / FILE).write_text(dump(self.family), encoding="utf-8")
 
     def check_store(self, store: Store) -> None:
         """Raises UserError unless the store's ids are this model's tokens, each with a row in the embedding."""
@@ -229,7 +234,8 @@ def _own_family(folder: Path, config: Mapping[str, Any], arch: str | None, like:
 
 def write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
     """shearling.json: where a model comes from, for teachers, references and reports."""
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    with room_for(folder, ORIGIN):
+        (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def figures(result: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from shearling.errors import UserError
 from shearling.ranks.rows import gathered
 from shearling.weights.checkpoint import Checkpoint, check_finite
 from shearling.weights.header import FLOAT_DTYPES
-from shearling.weights.writer import Entry, in_order, write
+from shearling.weights.writer import Entry, in_order, room_for, write
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -192,5 +192,6 @@ def save_model(
             if entry.name in rows:
                 produce(entry.name)
         return
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    with room_for(folder, "config.json"):
+        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     write(folder, [*entries, *others], produce)

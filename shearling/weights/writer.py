@@ -4,7 +4,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise _disk_full(folder, total, f"{free} bytes free")
+        raise _disk_full(folder, f"{total} bytes of weights", f"{free} bytes free")
     shards = _plan(entries, shard_bytes)
     names = [SINGLE_FILE]
     if len(shards) > 1:
@@ -73,7 +74,19 @@ def write(
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        raise _disk_full(folder, total, f"{error.strerror} ({free} bytes free at the start)") from error
+        found = f"{error.strerror} ({free} bytes free at the start)"
+        raise _disk_full(folder, f"{total} bytes of weights", found) from error
+
+
+@contextmanager
+def room_for(folder: Path, what: str) -> Iterator[None]:
+    """Where `what` goes into a model's folder beside the weights. Raises DiskFull if the disk is too full for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise _disk_full(folder, what, error.strerror) from error
 
 
 def in_order(entries: Sequence[Entry], *, shard_bytes: int = SHARD_BYTES) -> list[Entry]:
@@ -148,10 +161,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_full(folder: Path, needed_bytes: int, found: str) -> DiskFull:
+def _disk_full(folder: Path, what: str, found: str | None) -> DiskFull:
     return DiskFull(
         f"output folder {folder}",
         found=found,
-        expected=f"room for {needed_bytes} bytes of weights",
+        expected=f"room for {what}",
         change="free space on this disk or choose an --out on another",
     )

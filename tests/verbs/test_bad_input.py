@@ -1,11 +1,15 @@
 """What the verbs refuse: found, expected, what to change, and nothing written."""
 
+import errno
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from shearling.verbs.evaluate import evaluate
 from shearling.verbs.heal import heal
 from shearling.verbs.inspect import inspect
 from shearling.verbs.prune import open_target, prune
+from shearling.verbs.source import Source, write_origin
 
 VERBS = ("prune by masks", "prune by activation", "heal", "eval")
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -466,6 +471,42 @@ def test_training_that_diverges_ends_without_a_result(call, tmp_path, model_fold
     with pytest.raises(UserError, match=r"held-out loss of 'code': found nan; expected a finite loss; lower --lr"):
         call[verb](model_folder, lr=1e30)
     assert not (tmp_path / "out").exists()
+
+
+def full(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("way", "fills", "told"),
+    [
+        (shutil, "copyfile", "room for tokenizer, templates and licences"),
+        (Path, "write_text", r"room for config\.json"),
+        (os, "fsync", r"room for \d+ bytes of weights"),
+    ],
+)
+def test_a_disk_that_fills_at_any_file_of_a_model(tmp_path, model_folder, monkeypatch, way, fills, told):
+    source = Source.open(str(model_folder))
+    monkeypatch.setattr(way, fills, full)
+    with pytest.raises(UserError, match=f"found No space left on device.*; expected {told}; free space"):
+        source.save(tmp_path, shape=source.shape, layers=(0, 1, 2), dtype=None, tensor=source.read)
+
+
+def test_a_disk_that_fills_at_shearling_json_or_a_family(tmp_path, model_folder, monkeypatch):
+    source = replace(Source.open(str(model_folder)), own_family=True)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"No space left on device; expected room for shearling\.json"):
+        write_origin(tmp_path, {})
+    with pytest.raises(UserError, match="No space left on device; expected room for tokenizer"):
+        source.save(tmp_path, shape=source.shape, layers=(0, 1, 2), dtype=None, tensor=source.read)
+
+
+def test_the_weights_room_is_what_the_files_beside_them_leave(tmp_path, model_folder, monkeypatch):
+    source = Source.open(str(model_folder))
+    free = lambda folder: SimpleNamespace(free=0 if (folder / "tokenizer.json").is_file() else 10**9)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    with pytest.raises(UserError, match="found 0 bytes free"):
+        source.save(tmp_path, shape=source.shape, layers=(0, 1, 2), dtype=None, tensor=source.read)
 
 
 @pytest.mark.parametrize(
