@@ -34,6 +34,7 @@ CARRIED_FILES = frozenset(
         "vocab.txt",
         "tokenizer.model",
         "spiece.model",
+        "tekken.json",
         "added_tokens.json",
         "chat_template.jinja",
         "chat_template.json",

@@ -5,9 +5,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from shearling.data.tokenise import VOCABULARIES
 from shearling.errors import UserError
 from shearling.weights import checkpoint, folder, gguf
-from shearling.weights.folder import carry, resolve
+from shearling.weights.folder import CARRIED_FILES, carry, resolve
 
 CARRIED = {
     "tokenizer.json": b"\xef\xbb\xbf{\r\n}",
@@ -18,6 +19,7 @@ CARRIED = {
     "vocab.txt": b"a",
     "tokenizer.model": b"\x00\xff",
     "spiece.model": b"\x00\xfe",
+    "tekken.json": b"{}",
     "added_tokens.json": b"{}",
     "chat_template.jinja": b"{{ ''.__class__.__mro__ }}",
     "chat_template.json": b"{}",
@@ -51,6 +53,10 @@ def test_carried_files_are_byte_for_byte_and_nothing_else(tmp_path):
     assert set(carry(source, out)) == CARRIED.keys()
     assert names(out) == CARRIED.keys()
     assert {name: (out / name).read_bytes() for name in CARRIED} == CARRIED
+
+
+def test_every_vocabulary_that_is_read_is_carried():
+    assert set(VOCABULARIES) <= CARRIED_FILES
 
 
 def test_carrying_from_a_bare_folder(tmp_path):
