@@ -32,7 +32,10 @@ class Options:
     def __post_init__(self) -> None:
         tiny = 1e-9
         ranges = {"lr": (tiny, None), "slide": (0, 1), "temperature": (tiny, None), "temperature_end": (tiny, None)}
-        check_ranges(self, {**ranges, "spread": (0, None), "multiplier_lr": (0, None), "quadratic": (0, None)})
+        check_ranges(
+            self,
+            {**ranges, "spread": (0, None), "multiplier_lr": (0, None), "quadratic": (0, None), "level": (-100, 100)},
+        )
 
     @property
     def rate(self) -> float:

@@ -410,7 +410,12 @@ def test_a_mixture_that_does_not_fit_the_domains(call, refused, model_folder, ve
 
 @pytest.mark.parametrize(
     ("masks", "expected"),
-    [({"slide": -1}, "slide from 0 to 1"), ({"temperature": 0}, "temperature from"), ({"lr": -0.1}, "lr from")],
+    [
+        ({"slide": -1}, "slide from 0 to 1"),
+        ({"temperature": 0}, "temperature from"),
+        ({"lr": -0.1}, "lr from"),
+        ({"level": float("nan")}, "level from"),
+    ],
 )
 def test_masks_out_of_range(call, refused, model_folder, masks, expected):
     refused(lambda: call["prune by masks"](model_folder, masks=masks), "masks", expected)
