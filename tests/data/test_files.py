@@ -140,6 +140,8 @@ def test_a_store_that_refuses_gives_no_secret_away(s3, monkeypatch):
 
 def test_secrets_are_taken_out_of_any_text(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "abcdefgh")
+    monkeypatch.setenv("TOKENIZER_PATH", "failed")
+    monkeypatch.setenv("MAX_TOKENS", "//host")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"secret": "ijklmnop", "endpoint_url": "http://here"})
     text = "ftp://jo:pass@host/x failed, see https://host/a?sig=1&b=2 (abcdefgh, ijklmnop, http://here)"
     assert without_secrets(text) == "ftp://***@host/x failed, see https://host/a?*** (***, ***, http://here)"
