@@ -76,6 +76,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 AtEnd = Literal["refuse", "stop", "redistribute", "repeat"]
 Recomputed = Annotated[Literal["none", "selective", "full"], BeforeValidator(parse_recomputed)]
 Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch's generators take
 Micro = Annotated[int | Literal["auto"], BeforeValidator(parse_micro)]
 
 
@@ -111,7 +112,7 @@ class Training(Section):
     warmup: float = Field(default=0.03, ge=0, lt=1)
     decay: float = Field(default=1.0, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0)
-    seed: int = 0
+    seed: Seed = 0
     device: str | None = None
     dtype: Dtype | None = None  # of the result; left out: the source's
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
@@ -271,7 +272,7 @@ class Data(Section):
 
     inputs: list[str | Input]
     held_out: float = Field(default=0.01, gt=0, lt=1)
-    seed: int = 0
+    seed: Seed = 0
     processes: int | None = Field(default=None, gt=0)  # left out: the cores, where the documents are worth it
     text_column: str = "text"
     messages_column: str | None = None

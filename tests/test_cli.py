@@ -141,6 +141,14 @@ def test_usage_errors_end_with_2(monkeypatch, capsys, words):
             ["data", "d", "--tokenizer", "m", "--out", "o", "--held-out", "2"],
             "error: held_out: found 2.0; expected less than 1; change held_out\n",
         ),
+        (
+            ["heal", "m", "--data", "d", "--out", "o", "--seed", str(2**64)],
+            "error: seed: found 18446744073709551616; expected less than 9223372036854775808; change seed\n",
+        ),
+        (
+            ["data", "d", "--tokenizer", "m", "--out", "o", "--seed", str(-(2**64))],
+            "error: seed: found -18446744073709551616; expected greater than or equal to -9223372036854775808;",
+        ),
         (["run", "absent.yaml"], "error: recipe absent.yaml: found No such file or directory; expected a YAML file"),
     ],
 )
