@@ -59,9 +59,9 @@ def parse_shares(text: str, what: str, kind: type[int] | type[float] = float) ->
     """Numbers by domain, as a=.5,b=.5. Raises UserError."""
     found: dict[str, Any] = {}
     for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
+        name, _, value = (piece.strip() for piece in part.rpartition("="))  # a domain may be lang=en
         try:
-            number = kind(value)
+            number = kind(value if name else "")
         except ValueError as error:
             raise UserError(what, found=repr(part), expected="domain=number", change="write as a=.5,b=.5") from error
         if name in found:

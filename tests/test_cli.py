@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import shearling
 from shearling import cli
 from shearling.arch.llama import LLAMA
+from shearling.cli.options import mixture_words, repeats_words
 from shearling.cli.show import step_note
 from shearling.draft.draft import Draft
 from shearling.stage import Stage
@@ -142,6 +143,10 @@ def test_usage_errors_end_with_2(monkeypatch, capsys, words):
             "error: held_out: found 2.0; expected less than 1; change held_out\n",
         ),
         (
+            ["heal", "m", "--data", "d", "--out", "o", "--weights", "=1"],
+            "error: --weights: found '=1'; expected domain=number; write as a=.5,b=.5\n",
+        ),
+        (
             ["heal", "m", "--data", "d", "--out", "o", "--seed", str(2**64)],
             "error: seed: found 18446744073709551616; expected less than 9223372036854775808; change seed\n",
         ),
@@ -183,6 +188,11 @@ def test_inspect_prints_tables_or_one_object(monkeypatch, capsys, config_folder)
 
 
 # As real commands
+
+
+def test_domains_may_have_an_equals_sign_in_their_names():
+    assert mixture_words("auto", "lang=en=.5, lang=de=.5") == {"weights": {"lang=en": 0.5, "lang=de": 0.5}}
+    assert repeats_words("lang=en=4") == {"lang=en": 4}
 
 
 def test_a_draft_that_cannot_be_written_is_not_lost(monkeypatch, capsys, tmp_path, config_folder):

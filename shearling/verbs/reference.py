@@ -72,9 +72,9 @@ def load_reference(
     where = "reference"
     if isinstance(given, Mapping):
         found = parse_reference(given, where=where)
-    elif os.path.isfile(path := os.path.expanduser(given)) or "=" not in str(given):
+    elif _is_path(path := Path(given).expanduser()):
         where = f"reference {given}"
-        found = parse_reference(read_mapping(Path(path), what="reference"), where=where)
+        found = parse_reference(read_mapping(path, what="reference"), where=where)
     else:
         found = Reference(parse_given(str(given)), where)
     return found.per_token(domains=domains, tokenizer=tokenizer, bytes_per_token=bytes_per_token, where=where)
@@ -126,6 +126,12 @@ def parse_size(text: str | None) -> int:
         found = "nothing" if text is None else repr(text)
         raise UserError("size", found=found, expected="parameters, as 1.3B or 1345423360", change="give --size N")
     return size
+
+
+def _is_path(given: Path) -> bool:
+    """Whether it is a file, there or not, and no text of losses: a path may have a folder lang=en in it."""
+    looks = len(given.parts) > 1 or given.suffix in (".json", ".yaml", ".yml")
+    return looks or os.path.isfile(given) or "=" not in str(given)
 
 
 def _check_words(*ways: str | None, size: str | None, data: str | None, asked: Eval) -> None:

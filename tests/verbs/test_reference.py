@@ -208,6 +208,10 @@ def test_what_heal_may_be_given(tmp_path, store, monkeypatch):
     (tmp_path / "twice.yaml").write_text("code: 1\ncode: 2\n")
     for given, told in [
         (tmp_path / "absent.json", "absent.json: found No such file or directory"),
+        ("lang=en/absent", "reference lang=en/absent: found No such file or directory"),
+        ("lang=en.json", "reference lang=en.json: found No such file or directory"),
+        (",".join(f"{number:0100}=1" for number in range(9)), "found no such domain"),  # longer than a file's name
+        ("lang=en=1.9", "domain 'lang=en': found no such domain"),
         (tmp_path / "twice.yaml", "'code' comes twice"),
         ("code=1,prose=2", "domain 'sums': found no loss"),
         ({"losses": bare, "tokenizer": "x"}, "found nats per token of the tokenizer x"),
