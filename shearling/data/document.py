@@ -95,7 +95,8 @@ def of_fields(fields: Mapping[str, Any], *, where: str, reading: Reading) -> Doc
     column = reading.column
     if column not in fields:
         found = f"no {column!r} among the keys ({some(list(fields)) or 'none'})"
-        raise fault(where, found=found, expected=f"a {column!r}")
+        change = f"name the column of documents with {reading.option}, or mend the line or remove it"
+        raise UserError(where, found=found, expected=f"a {column!r}", change=change)
     if reading.messages_column is None:
         return of_text(fields[column], where=where, column=column)
     messages = check_messages(fields[column], where=where, column=column, assistant=reading.assistant_loss_only)

@@ -198,11 +198,12 @@ def _entry(domain: Domain, done: list[tuple[Job, Finished]], before: DomainEntry
     if not (any(shards.values()) if before else all(shards.values())):
         lacking = next(split for split in SPLITS if not shards[split])
         more = f", {broken[lacking]} broken" if broken[lacking] else ""
+        hint = "; without skip_broken the first broken one is told, and what to change" if more else ""
         raise UserError(
             f"domain {domain.name!r} ({shown(domain.path)})",
             found=f"no documents with text for {lacking} ({skipped[lacking]} empty ones{more})",
             expected="at least one",
-            change="add text or leave the domain out",
+            change=f"add text or leave the domain out{hint}",
         )
     old = {split: getattr(before, split) for split in SPLITS} if before else {}
     splits = {

@@ -533,6 +533,18 @@ def test_documents_that_can_not_be_read(refused, tmp_path, model_folder, write, 
     refused(lambda: make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "out")), *parts)
 
 
+@pytest.mark.parametrize("option", ["text_column", "messages_column"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_another_column_is_told_by_its_option(refused, tmp_path, model_folder, option, skip):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text('{"body": "a"}\n')
+    asked = validated(Data, {"inputs": [str(tmp_path / "d")], option: "said", "skip_broken": skip})
+    parts = ["1 broken", "without skip_broken the first broken one is told"]
+    if not skip:
+        parts = ["no 'said' among the keys (body)", f"with --{option.replace('_', '-')}"]
+    refused(lambda: make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "out")), *parts)
+
+
 def test_a_mistake_in_the_documents_does_not_block_the_next_try(tmp_path, corpus, model_folder):
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="no such file or folder"):
