@@ -46,6 +46,11 @@ class Stage:
         discard: type[BaseException] | None = None,
     ):
         self.out = Path(os.path.abspath(Path(out).expanduser()))
+        if not self.out.name:
+            change = "choose another --out"
+            raise UserError(
+                f"output {self.out}", found="the root folder", expected="a folder of its own", change=change
+            )
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         # Beside the folder and not in it: it can't travel into the finished folder, it guards the folder's creation
         # too, and unlike a lock on the folder itself it holds on NFS, where flock wants a file open for writing.

@@ -10,6 +10,8 @@ stride  every (D / m)th pair, from the fastest to the slowest, at the same theta
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from shearling.errors import UserError
+
 EACH_BY_ITSELF = ("default", "linear", "llama3")  # what rope types do that look at one frequency at a time
 THETAS = ("rope_theta", "rope_local_base_freq")
 
@@ -63,5 +65,8 @@ def _ropes(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield {key: config[key] for key in (*THETAS, "partial_rotary_factor") if config.get(key) is not None}
     for key in ("rope_parameters", "rope_scaling"):
         found = config.get(key) or {}
+        if not isinstance(found, Mapping):
+            change = "mend config.json"
+            raise UserError(f"config.json: {key}", found=repr(found), expected="keys and values", change=change)
         kinds = [one for one in found.values() if isinstance(one, Mapping)]
         yield from kinds or [found]

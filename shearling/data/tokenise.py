@@ -78,10 +78,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         # transformers would go on without: some classes then start with an empty vocabulary
         found = "no vocabulary file" if folder.is_dir() else "no such folder"
         raise UserError(what, found=found, expected=f"one of {', '.join(VOCABULARIES)}", change=change)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except StrictDataclassError as error:  # the model's config, which is read on the way
+        what, found = f"config.json of {folder}", " ".join(str(error).split())
+        raise UserError(what, found=found, expected="what transformers takes", change="mend config.json") from error
     except BaseException as error:
         if not (isinstance(error, Exception) or is_panic(error)):
             raise

@@ -73,7 +73,7 @@ def add_documents(asked: Data, *, tokenizer: str, out: str, progress: Progress |
     folder = resolve(tokenizer)
     check_code(folder)
     store = Path(os.path.abspath(Path(out).expanduser()))
-    with locked(store.with_name(f"{store.name}.more.lock")):
+    with locked(Path(f"{store}.more.lock")):
         onto = Store.open(store)
         more = store.with_name(f"{store.name}.more")
         if (more / MANIFEST).is_file() and (more / MANIFEST).read_bytes() == (store / MANIFEST).read_bytes():

@@ -105,8 +105,8 @@ def check_out(out: Path) -> None:
     """Raises UserError, before anything is computed, unless `out` can be written, or is a reference that may be this
     very one.
     """
-    check_place(out, what=f"out {out}", change=ELSEWHERE)
     if not out.exists():
+        check_place(out, what=f"out {out}", change=ELSEWHERE)
         return
     try:
         ours = json.loads(out.read_text(encoding="utf-8")).get("format") == FORMAT

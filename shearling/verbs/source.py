@@ -24,6 +24,7 @@ from shearling.data.tokenise import load_tokenizer, vocab_size
 from shearling.errors import UserError
 from shearling.ranks.ranks import Ranks
 from shearling.weights.checkpoint import Checkpoint, check_dtype, check_finite, fingerprint
+from shearling.weights.config import read_json
 from shearling.weights.folder import carry, resolve
 from shearling.weights.header import DTYPES
 from shearling.weights.model import Beside, assembled, reader, save_model
@@ -70,6 +71,7 @@ class Source:
         source = cls(model, folder, config, family, shape, checkpoint, own_family=own is not None)
         if dtype is None:
             check_dtype(config, source.parts.sheared)
+        source.origin()  # says what is wrong with it: it may be needed last
         return source
 
     @property
@@ -137,9 +139,13 @@ class Source:
         return [self.family.block(layer) for layer in range(self.shape["num_hidden_layers"])]
 
     def origin(self) -> dict[str, Any]:
-        """What shearling.json says of the folder, if Shearling made it."""
+        """What shearling.json says of the folder, if Shearling made it. Raises UserError for a broken one."""
         path = self.folder / ORIGIN
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        origin = read_json(path) if path.is_file() else {}
+        if not isinstance(origin, dict):
+            change = "get the model's folder again, or remove the file"
+            raise UserError(f"file {path}", found=type(origin).__name__, expected="keys and values", change=change)
+        return origin
 
     @cached_property
     def fingerprint(self) -> str:

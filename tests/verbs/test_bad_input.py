@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel,
 
 from shearling.errors import UserError
 from shearling.recipe import Data, Eval, Prune, validated
-from shearling.verbs.data import make_store
+from shearling.verbs.data import add_documents, make_store
 from shearling.verbs.evaluate import evaluate
 from shearling.verbs.heal import heal
 from shearling.verbs.inspect import inspect
@@ -193,6 +193,18 @@ def a_head_of_its_own(folder: Path) -> None:
     edit(folder / "config.json", tie_word_embeddings=True)
 
 
+def a_rope_of_one_word(folder: Path) -> None:
+    edit(folder / "config.json", rope_scaling="linear")
+
+
+def an_epsilon_in_quotes(folder: Path) -> None:
+    edit(folder / "config.json", rms_norm_eps="1e-6")
+
+
+def a_list_in_shearling_json(folder: Path) -> None:
+    (folder / "shearling.json").write_text("[]")
+
+
 def too_many_ids(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
@@ -251,6 +263,9 @@ def another_tokenizer(folder: Path) -> None:
             an_id_beyond_the_rows,
             ["tokenizer of", "found ids up to 999; expected ids below", "the rows of the embedding"],
         ),
+        (a_rope_of_one_word, ["config.json", "'linear'", "mend config.json"]),
+        (an_epsilon_in_quotes, ["config.json of ", "Field 'rms_norm_eps' expected float, got str", "mend config.json"]),
+        (a_list_in_shearling_json, ["shearling.json: found list; expected keys and values"]),
         (another_tokenizer, ["token store", "tokens made with the tokenizer 'tiny'", "prepare the data again"]),
     ],
 )
@@ -460,6 +475,11 @@ def test_an_output_folder_with_something_else_in_it(call, refused, tmp_path, mod
     refused(lambda: call[verb](model_folder), *parts)
 
 
+@pytest.mark.parametrize("verb", VERBS[:3])
+def test_the_root_folder_as_output(call, refused, model_folder, verb):
+    refused(lambda: call[verb](model_folder, out="/"), "output /: found the root folder", "choose another --out")
+
+
 def test_the_model_itself_as_output(call, refused, copied):
     folder = copied()
     refused(lambda: call["heal"](folder, out=folder), "isn't a stage of Shearling's", "choose another --out")
@@ -543,6 +563,12 @@ def test_another_column_is_told_by_its_option(refused, tmp_path, model_folder, o
     if not skip:
         parts = ["no 'said' among the keys (body)", f"with --{option.replace('_', '-')}"]
     refused(lambda: make_store(asked, tokenizer=str(model_folder), out=str(tmp_path / "out")), *parts)
+
+
+@pytest.mark.parametrize("verb", [make_store, add_documents])
+def test_the_root_folder_as_a_store(corpus, model_folder, verb):
+    with pytest.raises(UserError, match=r"found (the root folder|no such file)"):
+        verb(validated(Data, {"inputs": [str(corpus)]}), tokenizer=str(model_folder), out="/")
 
 
 def test_a_mistake_in_the_documents_does_not_block_the_next_try(tmp_path, corpus, model_folder):
