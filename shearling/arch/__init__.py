@@ -6,6 +6,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from shearling.arch.sound import errors_with
+from shearling.arch.whole import text_config
 from shearling.axes.spec import Family
 from shearling.errors import UserError, raise_all
 
@@ -54,10 +56,12 @@ def adopt(family: Family) -> None:
 def family_of(config: Mapping[str, Any], given: Family | None = None) -> Family:
     """The family of a Hugging Face config: the one `given`, out of a file, else the one that has a table here.
 
-    Raises UserError for a config that has no table, and for one that the given family isn't for.
+    Raises UserError for a config that has no table, for one that the given family isn't for, and for what in the given
+    family has no meaning with it.
     """
     if given is not None:
         check_for(given, config)
+        raise_all(errors_with(given, text_config(given, config)))
         adopt(given)
         return given
     alone = {model_type: family for family in families() for model_type in family.model_types}

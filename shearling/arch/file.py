@@ -9,8 +9,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from shearling.arch.sound import errors_in
 from shearling.axes.spec import Family
-from shearling.errors import UserError, nearest
+from shearling.errors import UserError, nearest, raise_all
 from shearling.strict_yaml import read_mapping
 
 FILE = "family.yaml"  # what a model folder holds where the model's family is no module of this package
@@ -31,8 +32,13 @@ def load(path: Path) -> Family:
 
 
 def parse(values: Mapping[str, Any], *, where: str = "family") -> Family:
-    """The family that plain values describe. Raises UserError for a field that is unknown, missing or of another kind."""
-    return _made(Family, values, where)
+    """The family that plain values describe.
+
+    Raises UserError for a field that is unknown, missing or of another kind, and for all that `errors_in` finds.
+    """
+    family = _made(Family, values, where)
+    raise_all(errors_in(family, where))
+    return family
 
 
 def dump(family: Family) -> str:

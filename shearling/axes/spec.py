@@ -9,6 +9,7 @@ from typing import Any
 from shearling.axes.inside import Inside as Inside
 from shearling.axes.layers import LayerRule as LayerRule
 from shearling.axes.table import Tensor, rows
+from shearling.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class Normalisation:
     eps_key: str | float
     offset: float = 0.0
     centred: bool = False
+
+    def epsilon(self, module: Any) -> float:
+        """Of a module that is such a norm. Raises UserError where it has none under that name."""
+        found = getattr(module, self.eps_attribute, None)
+        if found is None:
+            kind, change = type(module).__name__, "mend it: see docs/add-a-family.md"
+            known = ", ".join(name for name, value in vars(module).items() if isinstance(value, float)) or "none"
+            what, said = "norms, eps_attribute", f"{self.eps_attribute}, which a {kind} has not"
+            raise UserError(what, found=said, expected=f"its attribute with epsilon ({known})", change=change)
+        return float(found)
 
 
 @dataclass(frozen=True)

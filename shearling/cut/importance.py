@@ -139,7 +139,7 @@ def _watch(
         if _runs_over_a_cut_axis(row):
             norm = model.get_submodule(name.removesuffix(".weight"))
             kind = family.normalisation(row)
-            eps = float(getattr(norm, kind.eps_attribute))
+            eps = kind.epsilon(norm)
 
             def normalised(
                 _: nn.Module, args: tuple[Tensor, ...], name: str = name, eps: float = eps, centred: bool = kind.centred

@@ -110,7 +110,7 @@ class Attached:
         kind = self.family.normalisation(row)
         counted, own = self._count(row, [f for f in found if f.part == "count"], layer)
         eps_attribute = "" if kind.centred else kind.eps_attribute
-        eps = float(getattr(plain, kind.eps_attribute))
+        eps = kind.epsilon(plain)
         return MaskedNorm(
             plain,
             torch.ones((), device=self.device) if counted is None else counted.scale.at(own),

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from shearling.arch import families, towered
+from shearling.arch import families, family_of, towered
 from shearling.arch.file import digest, dump, load, parse
-from shearling.axes.spec import Family
+from shearling.axes.spec import Family, Normalisation
 from shearling.errors import UserError
 
 KNOWN = [*families(), *towered().values()]
@@ -40,6 +41,11 @@ def broken(**changes: object) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def row(line: str) -> str:
+    """A table, and a line that is wrong."""
+    return f"{KNOWN[0].table}\n{line}"
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -54,12 +60,53 @@ def broken(**changes: object) -> dict[str, object]:
         (broken(norms={"a": {"eps_attribute": "e", "eps_key": "k", "offest": 1}}), "unknown field 'offest'"),
         (broken(layer_rules=[{"kee": "layer_types"}]), "family, layer_rules, entry 0: found an unknown field 'kee'"),
         (broken(tensors=[]), "unknown field 'tensors'"),
+        (broken(table=""), "family, table: found no row of a layer"),
+        (broken(norms={}), "family, norms: found none; expected one, or several by name"),
+        (
+            broken(table=row("norm model.*.weight hidden norm=foo")),
+            "family, table: found norm=foo; expected one of norms",
+        ),
+        (broken(table=row("head a.weight vocab hidden tied=b.weight")), "family, table: found tied=b.weight"),
+        (broken(table=row("head a.weight vocab hidden tied=a.weight")), "family, table: found tied=a.weight"),
+        (broken(table=row("read model.*.w hidden hidden reads=x")), "family, table: found reads=x"),
+        (broken(table=row("embed w vocab hidden scaled=hiden")), "family, table: found scaled=hiden; expected an axis"),
+        (broken(cache="2*kv_heads"), "family, cache: found 'kv_heads' is not an axis"),
+        (broken(scores="2*expert"), "family, scores: found expert, along which no row of the table lies"),
+        (broken(uncut={"layers": "no"}), "family, uncut: found 'layers'; expected an axis"),
+        (broken(logits={"divided": "k"}), "family, logits: found 'divided'; expected one of times"),
+        (broken(coupled=["hidden_size == heads * head_dim"]), "family, coupled: found heads in"),
+        (broken(divides=["hidden_size"]), "family, divides: found 'hidden_size'; expected SIZE % SIZE"),
     ],
 )
 def test_what_is_wrong_is_told_by_its_field(values: dict[str, object], said: str) -> None:
     with pytest.raises(UserError) as error:
         parse(values)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fixed": {"positions": "nosuch"}}, "fixed.positions: found 'nosuch', of which no 'nosuch' is known"),
+        ({"fixed": {"positions": "vocab_size /"}}, "fixed.positions: found 'vocab_size /'"),
+        ({"table": row("norm model.*.b hidden if=nosuchflag")}, "table: found 'nosuchflag', of which no"),
+        ({"uncut": {"layer if nosuch": "no"}}, "uncut: found 'layer if nosuch', of which no 'nosuch' is known"),
+        ({"layer_rules": [{"key": "k", "at": "every nosuch"}]}, "layer_rules, entry 0: found 'every nosuch', of which"),
+        ({"defaults": {}}, "defaults: found 'tie_word_embeddings', of which no"),
+    ],
+)
+def test_what_a_config_lacks_is_told_by_its_field(changes: dict[str, object], said: str) -> None:
+    (model_type, *_) = KNOWN[0].model_types
+    config = {"model_type": model_type, "num_hidden_layers": 2, "vocab_size": 8}
+    with pytest.raises(UserError) as error:
+        family_of(config, parse({**yaml.safe_load(dump(KNOWN[0])), **changes}))
+    assert said in str(error.value)
+
+
+def test_an_epsilon_under_another_name() -> None:
+    norm = Normalisation(eps_attribute="epsilon", eps_key="rms_norm_eps")
+    with pytest.raises(UserError, match=r"eps_attribute: found epsilon, which a SimpleNamespace has not; .*\(eps\)"):
+        norm.epsilon(SimpleNamespace(eps=1e-5, hidden=3))
 
 
 @pytest.mark.parametrize(
