@@ -15,10 +15,11 @@ from shearling.record import Record, Unwritten, versions
 from shearling.report.run_page import write_run_page
 from shearling.stage import Stage, locked
 from shearling.verbs.data import make_store
-from shearling.verbs.heal import heal
+from shearling.verbs.heal import check_heal, heal
 from shearling.verbs.prune import open_target, prune
 from shearling.verbs.session import Watch, choose_device, unwatched
 from shearling.verbs.sinks import check_sinks
+from shearling.verbs.source import Source
 from shearling.weights.adapters import check_rank
 
 STAGES = ("data", "prune", "heal")  # each a folder in the run's
@@ -43,21 +44,30 @@ def run(
     out = Path(recipe.out).expanduser()
     lock = Path(f"{os.path.abspath(out)}.lock")
     with joined(choose_device(recipe.prune.device)) as (ranks, _), ExitStack() as held:
-        _check(recipe, ranks)
+        student = _check(recipe, ranks)
         ranks.by_the_first(lambda: held.enter_context(locked(lock)))
-        return _run(recipe, out, watch, documents, ranks)
+        return _run(recipe, out, student, watch, documents, ranks)
 
 
-def _check(recipe: Recipe, ranks: Ranks) -> None:
-    """A mistake in model, target or options shows before hours of data."""
+def _check(recipe: Recipe, ranks: Ranks) -> Source:
+    """What the cut will be like. A mistake in model, target or options shows here, before hours of data."""
     source, target, _ = ranks.one_before_others(lambda: open_target(recipe.model, recipe.prune, arch=recipe.arch))
     for stage, shape in ((recipe.prune, source.shape), (recipe.heal, target)):
         check_rank(stage.lora_rank if stage else None, source.family, source.config, shape.axes)
     check_sinks([sink for stage in (recipe.prune, recipe.heal) if stage for sink in stage.sinks])
+    student = source.shaped(target)
+    if recipe.heal is not None:
+        check_heal(recipe.heal, student=student)
+    return student
 
 
 def _run(
-    recipe: Recipe, out: Path, watch: Watch, documents: Callable[[str, int, int], None] | None, ranks: Ranks
+    recipe: Recipe,
+    out: Path,
+    student: Source,
+    watch: Watch,
+    documents: Callable[[str, int, int], None] | None,
+    ranks: Ranks,
 ) -> Ran:
     ranks.by_the_first(lambda: check_out(recipe, out))
     said, begun = masked(recipe.model_dump(mode="json")), ranks.told(lambda: _begun(out))  # URLs may hold passwords
@@ -78,6 +88,8 @@ def _run(
         record.write("stage", name="data", folder=store)
     passed("data")
 
+    if recipe.heal is not None:  # again with the data: nor is a mistake to show after days of pruning
+        check_heal(recipe.heal, student=student, data=store)
     pruned = prune(recipe.model, data=store, out=str(out / "prune"), asked=recipe.prune, arch=recipe.arch, watch=watch)
     record.write("stage", name="prune", folder=str(pruned.out), losses=pruned.losses)
     passed("prune")

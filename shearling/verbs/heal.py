@@ -22,10 +22,11 @@ from shearling.verbs.aim import aimed, given, source_losses, source_of
 from shearling.verbs.balancing import balanced
 from shearling.verbs.keeping import Held, Keeping, Kept, has_checkpoint, micro_batches, tidy
 from shearling.verbs.memory import Trained
+from shearling.verbs.reference import read_reference
 from shearling.verbs.session import Session, Watch, check_contents, choose_device, unwatched, warn_of_end
 from shearling.verbs.sinks import Sinks
 from shearling.verbs.source import ORIGIN, Source, figures, write_origin
-from shearling.verbs.teaching import Teaching
+from shearling.verbs.teaching import Teaching, check_teacher
 from shearling.verbs.together import entered, is_done
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,21 @@ def heal(model: str, *, data: str, out: str, asked: Heal, arch: str | None = Non
     """Trains `model` on `data` and leaves the result as a model folder at `out`; `arch` is its family's file."""
     with joined(choose_device(asked.device), replicate=asked.replicate, offload=asked.offload) as (ranks, device):
         return _heal(model, data, Path(out), asked, arch, watch, ranks, device)
+
+
+def check_heal(asked: Heal, *, student: Source, data: str | None = None) -> None:
+    """Raises UserError for what can be told of a healing before there is the model: `student` is what it will be like.
+
+    Without `data` it is what can be told before there is a store.
+    """
+    with joined(choose_device(asked.device), replicate=asked.replicate, offload=asked.offload) as (ranks, device):
+        check_teacher(asked.teacher, student=student, ranks=ranks)
+        for phase, own, same in asked.each_phase():
+            if phase.mixture.reference is not None:
+                read_reference(phase.mixture.reference)
+            if store := own or data:
+                plan = _plan(phase, source=student, data=store, same_mixture=same, device=device, ranks=ranks)
+                given(phase.mixture, plan.session)
 
 
 def _heal(

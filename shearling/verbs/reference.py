@@ -69,15 +69,19 @@ def load_reference(
     `given` is a file that `shearling reference` wrote, a JSON or YAML file of {domain: loss} or such a mapping itself,
     or text like `wiki=1.9,code=0.8`. Raises UserError for whatever doesn't fit.
     """
+    found, where = read_reference(given)
+    return found.per_token(domains=domains, tokenizer=tokenizer, bytes_per_token=bytes_per_token, where=where)
+
+
+def read_reference(given: str | Path | Mapping[str, Any]) -> tuple[Reference, str]:
+    """The same as it was given, whatever data it is for, and what messages call it."""
     where = "reference"
     if isinstance(given, Mapping):
-        found = parse_reference(given, where=where)
-    elif _is_path(path := Path(given).expanduser()):
+        return parse_reference(given, where=where), where
+    if _is_path(path := Path(given).expanduser()):
         where = f"reference {given}"
-        found = parse_reference(read_mapping(path, what="reference"), where=where)
-    else:
-        found = Reference(parse_given(str(given)), where)
-    return found.per_token(domains=domains, tokenizer=tokenizer, bytes_per_token=bytes_per_token, where=where)
+        return parse_reference(read_mapping(path, what="reference"), where=where), where
+    return Reference(parse_given(str(given)), where), where
 
 
 def write_reference(found: Reference, out: Path) -> None:

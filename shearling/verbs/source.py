@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,11 @@ class Source:
     def at(self, folder: Path) -> "Source":
         """What was made of it, in a folder."""
         return Source.open(str(folder), dtype="float32", like=self)  # in whatever dtype it says it is
+
+    def shaped(self, shape: Shape) -> "Source":
+        """What a cut to this shape will say of itself, before there is one: its files are still the source's."""
+        layers, dtype = tuple(range(shape["num_hidden_layers"])), str(self.dtype).removeprefix("torch.")
+        return replace(self, config=config_at(self.family, self.config, shape, layers=layers, dtype=dtype), shape=shape)
 
     def blocks(self) -> list[str]:
         """The paths of its layers."""

@@ -25,6 +25,14 @@ from shearling.verbs.source import Source
 from shearling.verbs.together import load
 
 
+def check_teacher(options: Options, *, student: Source, ranks: Ranks) -> None:
+    """Raises UserError for what headers tell of a teacher that is named, before there is its student."""
+    choose_device(options.device)
+    if options.model is not None:
+        teacher = ranks.one_before_others(lambda: Source.open(str(options.model), like=student))
+        check_same_tokens(_reader(teacher), _reader(student))
+
+
 @dataclass(frozen=True)
 class Teaching:
     """A teacher made ready for a student. `alignment`: what of their residual streams is compared, if anything.

@@ -13,6 +13,7 @@ from shearling.errors import UserError
 from shearling.recipe import Data, Recipe, load_recipe
 from shearling.run import run
 from shearling.stage import locked
+from shearling.verbs.source import Source
 
 RECIPE = """
 model: {model}
@@ -205,12 +206,41 @@ def test_a_run_can_end_with_the_cut_on_a_store_that_is_there(tmp_path, recipe_fi
         ("prune.to=hiden_size=24", "found 'hiden_size'; expected a size of a Llama: .*; did you mean 'hidden_size'"),
         ("heal.lora_rank=25", "lora_rank: found 25; expected at most 24"),
         ("model=absent/at/all", "neither a local folder nor a Hub id"),
+        ("heal.device=warp", "device: found 'warp'"),
+        ("heal.mixture={reference: absent.json}", r"reference absent\.json: found No such file"),
+        ("heal.teacher={share: 0.5, model: ./absent}", r"model \./absent: found nothing at this path"),
+        ("heal={phases: [{steps: 2}, {steps: 2, data: absent}]}", r"absent/manifest\.json: found no such file"),
     ],
 )
 def test_what_can_be_told_beforehand_is_told_before_anything_is_written(tmp_path, recipe_file, setting, message):
     with pytest.raises(UserError, match=message):
         run(load_recipe(recipe_file, [f"out={tmp_path / 'run'}", setting]))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("heal.mixture={weights: {cod: 1}}", "'cod'"),
+        ("heal.mixture={reference: {code: 1}, schedule: dynamic}", "domain 'prose': found no loss"),
+        ("heal.repeats={cod: 1}", "repeats: found 'cod'"),
+        ("heal.seq_len=100000", "100000|100001"),
+        ("heal.batch_tokens=null", None),
+    ],
+)
+def test_a_mistake_in_healing_shows_before_pruning(tmp_path, recipe_file, store_folder, monkeypatch, setting, message):
+    """What is wrong only with the data at hand; where nothing is, pruning comes."""
+    monkeypatch.setattr("shearling.run.prune", lambda *args, **options: pytest.fail("pruning"))
+    settings = [f"data={store_folder}", f"out={tmp_path / 'run'}", "heal.steps=2", "heal.tokens=null", setting]
+    with pytest.raises(UserError if message else pytest.fail.Exception, match=message or "pruning"):
+        run(load_recipe(recipe_file, settings))
+
+
+def test_what_a_cut_will_be_like_is_what_it_is(ran, folder, model_folder):
+    cut = Source.open(str(folder / "run" / "prune"))
+    foreseen = Source.open(str(model_folder)).shaped(cut.shape)
+    assert foreseen.config == cut.config
+    assert (foreseen.parameters, foreseen.shape) == (cut.parameters, cut.shape)
 
 
 def test_a_run_takes_no_folder_with_something_else_in_it(tmp_path, recipe_file):
