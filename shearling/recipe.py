@@ -1,5 +1,6 @@
 """What a run is asked to do: one model for each stage, from the command line and from YAML alike."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -13,6 +14,7 @@ from shearling.axes.target import parse_target
 from shearling.errors import UserError, closest, nearest, raise_all
 from shearling.masks.options import PAPER, Options
 from shearling.mixture.options import Options as Mixture
+from shearling.stage import IDENTITY_FILE
 from shearling.strict_yaml import StrictLoader, read_mapping
 from shearling.teacher.options import Options as Teacher
 
@@ -357,7 +359,9 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 def check_out(recipe: Recipe, out: Path) -> None:
-    """Raises UserError where something else than a run is in the way, or a recipe of the user's own that isn't this."""
+    """Raises UserError where something else than a run is in the way, a recipe of the user's own that isn't this, or
+    the model of a run that ended with another stage.
+    """
     path, change = out / RECIPE_FILE, "choose another out, or move what is there away"
     if not path.is_file():
         if out.exists() and (not out.is_dir() or any(entry.name != f"{path.name}.new" for entry in out.iterdir())):
@@ -366,6 +370,10 @@ def check_out(recipe: Recipe, out: Path) -> None:
     elif not _left_by_run(path) and not _says(path, recipe):
         found, expected = "a recipe that no run has left there, and another than this", "one of a run, or none"
         raise UserError(f"recipe {path}", found=found, expected=expected, change=change)
+    last, published = "heal" if recipe.heal else "prune", out / "model" / IDENTITY_FILE
+    if published.is_file() and (stage := json.loads(published.read_bytes())["identity"]["stage"]) != last:
+        change = f"move it away ({out / stage} has the same), or choose another out"
+        raise UserError(f"{out / 'model'}", found=f"the model of {stage}", expected=f"that of {last}", change=change)
 
 
 def write_recipe(values: Mapping[str, Any], out: Path) -> None:

@@ -195,6 +195,9 @@ def test_a_run_can_end_with_the_cut_on_a_store_that_is_there(tmp_path, recipe_fi
         "model",
         "report.html",
     }
+    with pytest.raises(UserError, match="model: found the model of prune; expected that of heal; move it away"):
+        run(load_recipe(recipe_file, settings[1:]))
+    assert not (tmp_path / "run" / "heal.partial").exists()
 
 
 @pytest.mark.parametrize(
