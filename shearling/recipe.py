@@ -324,6 +324,7 @@ class Recipe(Section):
 
 # Sheared-LLaMA (arXiv 2310.06694), section 3 and appendix: what `prune --paper` stands for.
 PAPER_PRUNE: dict[str, Any] = {
+    "method": "masks",
     "tokens": "419430400",
     "batch_tokens": "131072",
     "seq_len": 4096,

@@ -241,9 +241,8 @@ def _refuse_other(path: Path, stored: dict | None, identity: dict) -> None:
             f"a stage with other settings ({_differences(stored, identity)})",
             "the same stage, or nothing",
         )
-    raise UserError(
-        f"output {path}", found=found, expected=expected, change="choose another --out, or move what is there away"
-    )
+    change = "choose another --out, or move what is there away"
+    raise UserError(f"output {path}", found=found, expected=expected, change=change)
 
 
 def _differences(old: dict, new: dict) -> str:

@@ -16,9 +16,13 @@ from typer.testing import CliRunner
 import shearling
 from shearling import cli
 from shearling.arch.llama import LLAMA
+from shearling.axes.shape import shape_of
+from shearling.axes.target import parse_target, resolve_target
 from shearling.cli.options import mixture_words, repeats_words
 from shearling.cli.show import step_note
 from shearling.draft.draft import Draft
+from shearling.errors import UserError
+from shearling.recipe import load_recipe
 from shearling.stage import Stage
 
 VERBS = ("inspect", "data", "prune", "heal", "eval", "reference", "run", "demo")
@@ -371,3 +375,26 @@ def test_what_the_progress_line_says() -> None:
     assert step_note(figures) == "loss 2.346; 12,346 tokens/s, 1.23 GB"
     on_a_gpu = step_note({**figures, "mfu": 0.412, "data_wait_share": 0.25})
     assert on_a_gpu == "loss 2.346; 12,346 tokens/s, MFU 41.2%, 1.23 GB, 25% waiting for data"
+
+
+SMOLLM2 = {**CONFIG, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+def test_examples_of_help_are_such_as_are_accepted():
+    examples = {command.callback.__name__: command.epilog or "" for command in cli.verbs.app.registered_commands}
+    to = re.search(r"--to (\S+)", examples["prune"])
+    resolve_target(LLAMA, shape_of(LLAMA, SMOLLM2), parse_target(to[1]))
+    path, setting = re.search(r"run (\S+) --set (\S+)`", examples["run"]).groups()
+    assert load_recipe(Path(shearling.__file__).parents[1] / path, [setting]).heal.steps == 400
+
+
+def test_a_size_without_its_sign():
+    with pytest.raises(UserError, match=r"target: found 'hidden_size:48'; expected sizes by name; write it as"):
+        parse_target("hidden_size:48")
+
+
+def test_the_demo_takes_no_folder_with_something_else_in_it(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    result = CliRunner().invoke(cli.verbs.app, ["demo", "--out", str(tmp_path)])
+    assert "found model.safetensors; expected nothing there, or what demos leave" in str(result.exception)
+    assert len(list(tmp_path.iterdir())) == 1

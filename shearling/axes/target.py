@@ -24,8 +24,11 @@ def parse_target(text: str) -> dict[str, int]:
     wanted: dict[str, int] = {}
     errors: list[UserError] = []
     for part in filter(None, (word.strip() for word in text.split(","))):
-        key, _, value = (word.strip() for word in part.partition("="))
-        if key in wanted:
+        key, sign, value = (word.strip() for word in part.partition("="))
+        if not sign:
+            found, change = repr(part), "write it as hidden_size=384, with = between"
+            errors.append(UserError("target", found=found, expected="sizes by name", change=change))
+        elif key in wanted:
             errors.append(UserError("target", found=f"{key} twice", expected="each size once", change="leave one out"))
         elif not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
             errors.append(

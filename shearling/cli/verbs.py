@@ -73,6 +73,7 @@ from shearling.errors import OnAnotherRank, Stopped, UserError
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Shears a pretrained language model to exactly the shape you ask for.",
@@ -254,8 +255,8 @@ def _verify_store(store: str, *, as_json: bool) -> None:
 
 
 @app.command(
-    epilog="Example: `shearling prune models/SmolLM2-135M --to hidden_size=384,num_hidden_layers=20 "
-    "--data store --tokens 2M --out small`"
+    epilog="Example: `shearling prune models/SmolLM2-135M --to "
+    "hidden_size=384,num_attention_heads=6,num_key_value_heads=2 --data store --tokens 2M --out small`"
 )
 def prune(
     model: Model,
@@ -485,7 +486,7 @@ def reference(
         say_done(out, False)
 
 
-@app.command(epilog="Example: `shearling run recipes/stories260k.yaml --set heal.tokens=2M`")
+@app.command(epilog="Example: `shearling run recipes/stories260k.yaml --set heal.steps=400`")
 def run(
     recipe: Annotated[str, typer.Argument(help="A YAML file; docs in recipes/.", show_default=False)],
     settings: Annotated[list[str] | None, typer.Option("--set", help="Override, as heal.tokens=2M.")] = None,
@@ -513,6 +514,10 @@ def demo(out: Out = "demo", seed: Seed = 0, as_json: Json = False) -> None:
     from shearling.demo.compare import compare
     from shearling.demo.page import summary, write_demo_page
 
+    others = sorted(path.name for path in Path(out).glob("*") if not path.name.startswith("seed-"))
+    if others:
+        expected = "nothing there, or what demos leave"
+        raise UserError(f"output {out}", found=", ".join(others[:3]), expected=expected, change="choose another --out")
     with Progress(quiet=as_json) as progress:
         found = compare(Path(out) / f"seed-{seed}", seed=seed, watch=progress.steps)
     page = write_demo_page(Path(out) / f"seed-{seed}.html", found)

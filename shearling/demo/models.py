@@ -54,9 +54,11 @@ def write_untrained(config: Mapping[str, Any], out: Path, *, tokenizer: Path, se
     """A model folder with random weights, as transformers initialises them, and the tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
     from shearling.weights.folder import carry
 
+    logging.disable_progress_bar()
     settings = dict(config)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))

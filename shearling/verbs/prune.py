@@ -130,6 +130,7 @@ def _choose(asked: Prune, steps: int) -> tuple[Prune, str]:
         return asked.model_copy(update={"method": "masks"}), "method masks: weights stay as they are"
     method, reason = ("masks", "at least") if steps >= MASKS_FROM_STEPS else ("activation", "fewer than")
     note = f"method {method}: the budget is {steps} steps, {reason} {MASKS_FROM_STEPS} (--method chooses otherwise)"
+    note += "; nothing is trained, so rates, masks' options and a teacher aren't used" if method == "activation" else ""
     return asked.model_copy(update={"method": method}), note
 
 

@@ -53,7 +53,7 @@ def test_parse() -> None:
     [
         ("hidden_size=3,hidden_size=4", "found hidden_size twice"),
         ("hidden_size=4.5", "target hidden_size: found '4.5'; expected a whole number"),
-        ("hidden_size", "found ''; expected a whole number; write hidden_size=N"),
+        ("hidden_size", "target: found 'hidden_size'; expected sizes by name; write it as hidden_size=384"),
         ("", "found nothing; expected sizes"),
     ],
 )
