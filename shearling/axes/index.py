@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from shearling.axes.axis import AXES, Dim
@@ -147,11 +147,10 @@ def best(axis: str, scores: Sequence[Any], kept: int, source: Shape) -> tuple[in
 
 
 def cover(kinds: Sequence[frozenset[str]], order: Sequence[int]) -> tuple[int, ...]:
-    """Few layers, the first in `order`, among which there is one of every kind that occurs."""
-    chosen: list[int] = []
-    missing = set().union(*kinds)
-    while missing:
-        layer = max(order, key=lambda i: len(kinds[i] & missing))  # the first of equals
-        chosen.append(layer)
-        missing -= kinds[layer]
-    return tuple(chosen)
+    """The fewest layers among which there is one of every kind that occurs; of such choices the first by `order`."""
+    first: dict[frozenset[str], int] = {}
+    for layer in order:
+        first.setdefault(kinds[layer], layer)
+    every = frozenset().union(*kinds)
+    sized = (chosen for size in range(len(every) + 1) for chosen in combinations(first, size))
+    return tuple(first[kind] for kind in next(chosen for chosen in sized if every == frozenset().union(*chosen)))

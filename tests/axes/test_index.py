@@ -175,6 +175,11 @@ def test_of_layers_some_of_every_kind_stay() -> None:
     assert kept == {4: (0, 1, 3, 4), 3: (0, 1, 4), 2: (0, 4)}
 
 
+def test_as_few_layers_as_can_be_are_of_every_kind() -> None:
+    """Though the one that comes first has as many kinds as those that are enough."""
+    assert cover([frozenset("ab"), frozenset("ac"), frozenset("bd")], range(3)) == (1, 2)
+
+
 @given(st.lists(st.frozensets(st.sampled_from("abcd"), min_size=1), min_size=1, max_size=8), st.randoms())
 def test_whatever_the_kinds_are_all_of_them_stay(kinds: list[frozenset[str]], random: Any) -> None:
     source = Shape({"num_hidden_layers": len(kinds)}, kinds=tuple(kinds))
