@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from masks_only import SMALL, apart, made_store
-from options import PLAIN, TRAINING
+from masks_only import apart
+from options import ARMS as HEALED
+from options import TO, TRAINING, made_cut
 
 from shearling.recipe import Heal, Prune, validated
 from shearling.record import read, versions
@@ -29,17 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import standin
 
 STEPS, RATE = 4, 5e-4
-TO = {**SMALL, "intermediate_size": 1024}
 LEARNING = {"to": TO, "method": "masks", "calibration_windows": 8}
 ARMS: dict[str, dict[str, Any]] = {
-    PLAIN: {},
-    "recomputing, selective": {"activation_checkpointing": "selective"},
-    "recomputing, full": {"activation_checkpointing": "full"},
-    "bfloat16": {"autocast": "bfloat16"},
+    **{name: asked for name, (asked, _) in HEALED.items() if "optimizer" not in asked},
     "LoRA, rank 16": {"lora_rank": 16, "lr": 3e-3},
-    "teacher": {"teacher": {"share": 0.5}},
-    "teacher, 8 bits": {"teacher": {"share": 0.5, "weights": "int8"}},
-    "offload": {"offload": True},
+    "bfloat16": {"autocast": "bfloat16"},
     "offload, recomputing": {"offload": True, "activation_checkpointing": "full"},
     "masks and weights": LEARNING,
     "masks and weights, offload": {**LEARNING, "offload": True},
@@ -64,15 +59,13 @@ def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[st
 
 
 def main(model: str, texts: Path, work: Path, arms: Sequence[str]) -> None:
-    store, cut = made_store(model, texts, work), work / "cut"
-    asked = {**TRAINING, "steps": 24, "to": TO, "method": "activation", "calibration_windows": 64, "device": "cpu"}
-    pruned = prune(model, data=store, out=str(cut), asked=validated(Prune, asked))
+    store, pruned = made_cut(model, texts, work)
     figures = Path(__file__).with_suffix(".json")
     found: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))["found"] if arms else {}
     for name in arms or ARMS:
         asked = {**TRAINING, "steps": STEPS, "lr": RATE, **ARMS[name]}
         out = work / f"there-{name.replace(', ', '-').replace(' ', '-')}"
-        found[name] = apart(model if "to" in asked else str(cut), store, out, asked, script=__file__)
+        found[name] = apart(model if "to" in asked else str(pruned.out), store, out, asked, script=__file__)
         print(name, found[name], flush=True)
     result = {"found": found, "steps": STEPS, "parameters": pruned.parameters, "of": pruned.source_parameters}
     result |= {"threads": torch.get_num_threads(), "versions": versions()}

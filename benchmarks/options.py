@@ -28,10 +28,11 @@ from shearling.ranks.ranks import Ranks
 from shearling.recipe import Heal, Prune, validated
 from shearling.record import read, versions
 from shearling.verbs import heal as verb
-from shearling.verbs.prune import prune
+from shearling.verbs.prune import Pruned, prune
 
 STEPS = 16
 TRAINING = {"seq_len": 256, "batch_tokens": 1024, "micro_sequences": 2, "eval_windows": 8, "eval_every": 0}
+TO = {**SMALL, "intermediate_size": 1024}
 RATES = (2.5e-4, 5e-4, 1e-3)
 LORA_RATES = (1e-3, 3e-3, 1e-2)
 PLAIN = "AdamW"
@@ -75,11 +76,15 @@ def measured(model: str, store: str, out: str, asked: dict[str, Any]) -> dict[st
     return {"loss": sum(losses) / len(losses), **taken, "flops": found.flops}
 
 
+def made_cut(model: str, texts: Path, work: Path) -> tuple[str, Pruned]:
+    """The token store, and the cut that is healed on it."""
+    store = made_store(model, texts, work)
+    asked = {**TRAINING, "steps": 24, "to": TO, "method": "activation", "calibration_windows": 64, "device": "cpu"}
+    return store, prune(model, data=store, out=str(work / "cut"), asked=validated(Prune, asked))
+
+
 def main(model: str, texts: Path, work: Path, arms: Sequence[str]) -> None:
-    store, cut = made_store(model, texts, work), work / "cut"
-    to = {**SMALL, "intermediate_size": 1024}
-    asked = {**TRAINING, "steps": 24, "to": to, "method": "activation", "calibration_windows": 64, "device": "cpu"}
-    pruned = prune(model, data=store, out=str(cut), asked=validated(Prune, asked))
+    store, pruned = made_cut(model, texts, work)
     figures = Path(__file__).with_suffix(".json")
     found: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))["found"] if arms else {}
     best = found[PLAIN]["rate"] if found else RATES[1]
@@ -90,7 +95,7 @@ def main(model: str, texts: Path, work: Path, arms: Sequence[str]) -> None:
         for rate in rates or (best,):
             out = work / f"{name.replace(', ', '-').replace(' ', '-')}-{rate}"
             asked = {**TRAINING, "steps": STEPS, "lr": rate, **options}
-            tried[rate] = apart(str(cut), store, out, asked, script=__file__)
+            tried[rate] = apart(str(pruned.out), store, out, asked, script=__file__)
             print(name, rate, tried[rate], flush=True)
         chosen = min(tried, key=lambda rate: tried[rate]["loss"])
         best = chosen if name == PLAIN else best

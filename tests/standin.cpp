@@ -182,10 +182,8 @@ void remember(const std::string& name) {
   asked.insert(name);
 }
 
-using Numbers = c10::SymIntArrayRef;
-
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       Numbers stride, Numbers padding, Numbers dilation, bool transposed, Numbers output_padding,
+                       Size stride, Size padding, Size dilation, bool transposed, Size output_padding,
                        c10::SymInt groups) {
   remember("aten::convolution");
   auto host_bias = bias && bias->defined() ? std::optional<at::Tensor>(bias->cpu()) : std::nullopt;
@@ -195,8 +193,8 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std:
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, Numbers stride, Numbers padding,
-    Numbers dilation, bool transposed, Numbers output_padding, c10::SymInt groups, std::array<bool, 3> wanted) {
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, Size stride, Size padding,
+    Size dilation, bool transposed, Size output_padding, c10::SymInt groups, std::array<bool, 3> wanted) {
   remember("aten::convolution_backward");
   auto bias = wanted[2] ? at::OptionalSymIntArrayRef(std::vector<c10::SymInt>{grad.sym_size(1)}) : std::nullopt;
   auto [dx, dweight, dbias] = at::_ops::convolution_backward::call(

@@ -91,15 +91,12 @@ def _of_axes(family: Family) -> Wrong:
 def _of_sizes(family: Family) -> Wrong:
     known = KEYS if "group" in family.axes else UNGROUPED
     sizes = {key for key, dim in known.items() if family.axes.issuperset(dim.axes())}
-    for field, rule in [
-        *(("coupled", rule) for rule in family.coupled),
-        *(("divides", rule) for rule in family.divides),
-    ]:
-        form, spelled = RULES[field]
-        if not (match := form.fullmatch(rule)):
-            yield field, repr(rule), spelled
-        elif stray := [size for size in match.groups() if size not in sizes]:
-            yield field, f"{', '.join(stray)} in {rule!r}", f"sizes of the table: {', '.join(sorted(sizes))}"
+    for field, (form, spelled) in RULES.items():
+        for rule in getattr(family, field):
+            if not (match := form.fullmatch(rule)):
+                yield field, repr(rule), spelled
+            elif stray := [size for size in match.groups() if size not in sizes]:
+                yield field, f"{', '.join(stray)} in {rule!r}", f"sizes of the table: {', '.join(sorted(sizes))}"
 
 
 def _evaluated(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Callable[[], Any]]]:

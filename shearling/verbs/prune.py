@@ -119,7 +119,7 @@ def _prune(
 def open_target(model: str, asked: Prune, *, arch: str | None = None) -> tuple[Source, Shape, tuple[str, ...]]:
     """The source, the whole target and what was filled in; raises UserError for all that can be told without data."""
     source = Source.open(model, dtype=asked.dtype, arch=arch)
-    dtype = asked.dtype or str(source.dtype).removeprefix("torch.")
+    dtype = source.dtype_name(asked.dtype)
     target, notes = resolve_target(source.family, source.shape, asked.to, source.config, dtype=dtype)
     return source, target, (*notes, *source.notes())
 

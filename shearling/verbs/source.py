@@ -102,6 +102,10 @@ class Source:
         nbytes = self.parts.sheared.float_bytes()
         return getattr(torch, DTYPES[max(nbytes, key=lambda code: nbytes[code])][1])
 
+    def dtype_name(self, asked: str | None = None) -> str:
+        """What a model of this one's making is stored in: what is `asked` for, else the same."""
+        return asked or str(self.dtype).removeprefix("torch.")
+
     def read(self, row: Row, layer: int | None) -> torch.Tensor:
         """One tensor of the table from disk, checked."""
         found = []
@@ -136,8 +140,9 @@ class Source:
 
     def shaped(self, shape: Shape) -> "Source":
         """What a cut to this shape will say of itself, before there is one: its files are still the source's."""
-        layers, dtype = tuple(range(shape["num_hidden_layers"])), str(self.dtype).removeprefix("torch.")
-        return replace(self, config=config_at(self.family, self.config, shape, layers=layers, dtype=dtype), shape=shape)
+        layers = tuple(range(shape["num_hidden_layers"]))
+        config = config_at(self.family, self.config, shape, layers=layers, dtype=self.dtype_name())
+        return replace(self, config=config, shape=shape)
 
     def blocks(self) -> list[str]:
         """The paths of its layers."""
@@ -170,11 +175,8 @@ class Source:
         """The window to read text in. Raises UserError for one that is `asked` for and that it has no positions for."""
         most = max_positions(self.family, self.config)
         if asked is not None and asked > most and self.family.learns_positions:
-            expected, change = (
-                f"at most {most}, the positions that {self.name} has learned",
-                "choose a shorter --seq-len",
-            )
-            raise UserError("seq_len", found=asked, expected=expected, change=change)
+            expected = f"at most {most}, the positions that {self.name} has learned"
+            raise UserError("seq_len", found=asked, expected=expected, change="choose a shorter --seq-len")
         return asked or min(2048, most)
 
     def save(
@@ -193,8 +195,8 @@ class Source:
         `layers` and `rotary` are the source's layers and entries of q and k that it has, `tensor` gives its rows. Other
         parts come along, byte for byte where no `dtype` is asked for. Of ranks that hold it together one `writes`.
         """
-        chosen = getattr(torch, dtype) if dtype else self.dtype
-        name = str(chosen).removeprefix("torch.")
+        name = self.dtype_name(dtype)
+        chosen = getattr(torch, name)
         config = config_at(self.family, self.config, shape, layers=layers, dtype=name, rotary=rotary)
         if writes:
             self._carry(folder)  # first, so that the weights are held against the room that is left

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shearling.recipe import Data, Heal, Prune, validated
 from shearling.verbs.data import make_store
+from shearling.verbs.prune import prune
 
 WORDS = {
     "code": "def return if else for in x y z + = ( ) : None True import self list dict range",
@@ -134,6 +135,14 @@ def target() -> dict[str, int]:
 def ask_prune():
     """What `prune` is asked, in a few steps."""
     return lambda **options: validated(Prune, {"to": TARGET, **TRAINING, "calibration_windows": 8, **options})
+
+
+@pytest.fixture(scope="session")
+def cut(tmp_path_factory, model_folder, store_folder, ask_prune) -> Path:
+    """The model cut to the target by scores."""
+    out = tmp_path_factory.mktemp("cut") / "cut"
+    prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method="activation"))
+    return out
 
 
 @pytest.fixture(scope="session")

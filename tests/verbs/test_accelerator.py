@@ -2,7 +2,7 @@
 
 import re
 import signal
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from killed import losses, weights
 from small_models import MODEL_TYPES, OTHERS
 from standin import on_standin
-from standin_work import killed, limited, masked_steps, refusals, squeezed, there
+from standin_work import There, killed, limited, masked_steps, refusals, squeezed, there
 
 from shearling.conformance.model import relative
 from shearling.record import read
@@ -48,21 +48,19 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("standin")
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory, model_folder, store_folder, ask_prune) -> Path:
-    out = tmp_path_factory.mktemp("cut") / "cut"
-    prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method="activation"))
-    return out
+@cache
+def kernels() -> dict[str, Any]:
+    """torch's own table of kernels, by operator."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    entries = yaml.load(TABLE.read_text(encoding="utf-8"), Loader=loader)
+    return {entry["func"].partition("(")[0]: entry for entry in entries}
 
 
 def without_mps(names: list[str]) -> list[str]:
-    """Of these operators, those that torch has no kernel for on MPS, by torch's own table of kernels."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    entries = yaml.load(TABLE.read_text(encoding="utf-8"), Loader=loader)
-    table = {entry["func"].partition("(")[0]: entry for entry in entries}
+    """Of these operators, those that torch has no kernel for on MPS."""
 
     def known(name: str) -> bool:
-        entry = table[name]
+        entry = kernels()[name]
         if "structured_delegate" in entry:
             return known(entry["structured_delegate"])
         keys = {key.strip() for keys in entry.get("dispatch", {}) for key in keys.split(",")}
@@ -73,6 +71,19 @@ def without_mps(names: list[str]) -> list[str]:
 
 def check_alike(found: Any, expected: Any, *, rel: float) -> None:
     assert found.losses == pytest.approx(dict(expected.losses), rel=rel)
+
+
+def check_same_there(
+    name: str, verb: Any, ask: Any, *, out: Path, folder: Path, count: int = 1, offload: bool = False, **options: Any
+) -> There:
+    """A verb on a CPU, into out/cpu, and on so many stand-ins, into out/there; what it was on the first of these."""
+    options = {**PRUNING, **HEALING}[name] | options
+    expected = verb(out=str(out / "cpu"), asked=ask(**options))
+    on_it = partial(verb, out=str(out / "there"), asked=ask(**options, offload=offload, device="standin"))
+    seen = on_standin(folder, there, on_it, count=count)
+    for one in seen:
+        check_alike(one.found, expected, rel=CLOSE.get(name, 1e-5))
+    return seen[0]
 
 
 def test_the_stand_in_is_strict(folder):
@@ -89,10 +100,7 @@ def test_the_stand_in_is_strict(folder):
 @pytest.mark.parametrize("name", PRUNING)
 def test_pruning(name, tmp_path, folder, model_folder, store_folder, ask_prune):
     verb = partial(prune, str(model_folder), data=str(store_folder))
-    expected = verb(out=str(tmp_path / "cpu"), asked=ask_prune(**PRUNING[name]))
-    asked = ask_prune(**PRUNING[name], device="standin")
-    (seen,) = on_standin(folder, there, partial(verb, out=str(tmp_path / "there"), asked=asked))
-    check_alike(seen.found, expected, rel=CLOSE.get(name, 1e-5))
+    seen = check_same_there(name, verb, ask_prune, out=tmp_path, folder=folder)
     kept = [[e["kept"] for e in read(tmp_path / place / "record.jsonl") if "kept" in e] for place in ("cpu", "there")]
     assert kept[0] == kept[1] != []
     assert without_mps(seen.operators) == []
@@ -101,10 +109,7 @@ def test_pruning(name, tmp_path, folder, model_folder, store_folder, ask_prune):
 @pytest.mark.parametrize("name", HEALING)
 def test_healing(name, tmp_path, folder, cut, store_folder, ask_heal):
     verb = partial(heal, str(cut), data=str(store_folder))
-    expected = verb(out=str(tmp_path / "cpu"), asked=ask_heal(**HEALING[name]))
-    asked = ask_heal(**HEALING[name], device="standin")
-    (seen,) = on_standin(folder, there, partial(verb, out=str(tmp_path / "there"), asked=asked))
-    check_alike(seen.found, expected, rel=CLOSE.get(name, 1e-5))
+    seen = check_same_there(name, verb, ask_heal, out=tmp_path, folder=folder)
     assert without_mps(seen.operators) == []
 
 
@@ -145,11 +150,7 @@ def test_sharded(name, count, offload, tmp_path, folder, cut, store_folder, ask_
     """Over ranks, each with a device, and with most of it in the computer's memory."""
     verb, ask = (prune, ask_prune) if name in PRUNING else (heal, ask_heal)
     verb = partial(verb, str(cut), data=str(store_folder))
-    options = {**PRUNING, **HEALING}[name] | {"micro_sequences": 1}
-    expected = verb(out=str(tmp_path / "cpu"), asked=ask(**options))
-    asked = ask(**options, offload=offload, device="standin")
-    for seen in on_standin(folder, there, partial(verb, out=str(tmp_path / "there"), asked=asked), count=count):
-        check_alike(seen.found, expected, rel=CLOSE.get(name, 1e-5))
+    check_same_there(name, verb, ask, out=tmp_path, folder=folder, count=count, offload=offload, micro_sequences=1)
 
 
 def test_offload_takes_weights_off_the_device(tmp_path, folder, cut, store_folder, ask_heal):

@@ -40,13 +40,6 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory, model_folder, store_folder, ask_prune) -> Path:
-    out = tmp_path_factory.mktemp("cut") / "cut"
-    prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method="activation"))
-    return out
-
-
 def of(out: Path, event: str) -> list[dict[str, Any]]:
     return [found for found in read(out / "record.jsonl") if found["event"] == event]
 

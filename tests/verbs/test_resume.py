@@ -41,13 +41,6 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory, model_folder, store_folder, ask_prune) -> Path:
-    out = tmp_path_factory.mktemp("cut") / "cut"
-    prune(str(model_folder), data=str(store_folder), out=str(out), asked=ask_prune(method="activation"))
-    return out
-
-
 @pytest.fixture
 def eager_backend(monkeypatch):
     """Compiled without code being generated, which takes a minute."""
