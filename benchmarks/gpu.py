@@ -1,7 +1,8 @@
 """What only a GPU can tell: speed, the cost of masks, memory, saving and going on, in at most ten minutes.
 
-    python benchmarks/gpu.py WORK_FOLDER           needs CUDA; writes benchmarks/gpu.json
-    python benchmarks/gpu.py WORK_FOLDER --tiny    the same at toy size on a CPU; writes WORK_FOLDER/gpu.json
+    python benchmarks/gpu.py WORK_FOLDER            needs CUDA; writes benchmarks/gpu.json
+    python benchmarks/gpu.py WORK_FOLDER --go-on    what that has no figures for yet
+    python benchmarks/gpu.py WORK_FOLDER --tiny     the same at toy size on a CPU; writes WORK_FOLDER/gpu.json
 
 Llamas with random weights, of 135 million parameters (SmolLM2's shape) and of 1.2 billion (Llama 3.2's), in bf16
 autocast with fp32 weights and fused AdamW. Steps are those of the training loop itself, tokens per second and MFU those
@@ -140,7 +141,7 @@ class Bench:
 
     @property
     def rounds(self) -> int:
-        return 2 if self.tiny or self.brief else 7
+        return 2 if self.tiny or self.brief else 5
 
     @property
     def backend(self) -> str:
@@ -311,20 +312,25 @@ def waits(bench: Bench, *, masked: bool) -> Found:
     return {"of_four_steps_not_logged": {place: count for place, count in places.items() if count}}
 
 
-def attention(bench: Bench) -> Found:
-    """The kernels that attention runs on in a step."""
-    steps = Steps(bench, "135m")
+def kernels(bench: Bench, *, masked: bool, compiled: bool) -> Found:
+    """The kernels of a step, and how long the GPU works on them; those that take longest, and those of attention."""
+    steps = Steps(bench, "135m", masked=masked, compiled=compiled)
     steps(2)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         steps(1)
-    words = ("flash", "fmha", "attention")
-    found = {e.key: e.count for e in seen.key_averages() if any(word in e.key.lower() for word in words)}
-    return {"kernels": found, "flash": any("flash" in key.lower() for key in found)}
+    ran = sorted(
+        (e for e in seen.key_averages() if "CUDA" in str(e.device_type)),
+        key=lambda e: -e.self_device_time_total,
+    )
+    seconds = {e.key[:80]: [e.count, e.self_device_time_total / 1e6] for e in ran}
+    found: Found = {"kernels": sum(e.count for e in ran), "seconds": sum(each[1] for each in seconds.values())}
+    found["attention"] = [key for key in seconds if any(word in key.lower() for word in ("flash", "fmha", "attention"))]
+    return {**found, "longest": dict(itertools.islice(seconds.items(), 12))}
 
 
 def saving(bench: Bench) -> Found:
     """What a checkpoint adds to a stretch of steps, and what of that the steps wait for."""
-    steps, count = Steps(bench, "135m"), 2 if bench.tiny else 100
+    steps, count = Steps(bench, "135m"), 2 if bench.tiny else 30
     held, folder = Held(steps.model, tuple(steps.optimizers), {}), bench.work / "checkpoints"
     steps(2)
     extra, waited, plain = [], [], []
@@ -381,36 +387,43 @@ def asked_of(bench: Bench, size: Size, **options: Any) -> Found:
     }
 
 
-def memory(bench: Bench) -> Found:
-    """The estimate before a run by the most that the run then took, case by case, at 135M."""
-    (model, store), size, found = inputs(bench, "135m"), bench.size("135m"), {}
-    masks = {"to": size.halved(), "method": "masks", "calibration_windows": 2}
-    cases: dict[str, tuple[Any, type, Found]] = {
-        "heal": (heal, Heal, {}),
-        "heal, selective": (heal, Heal, {"activation_checkpointing": "selective"}),
-        "heal, full": (heal, Heal, {"activation_checkpointing": "full"}),
-        "heal, full, adamw8bit": (heal, Heal, {"activation_checkpointing": "full", "optimizer": "adamw8bit"}),
-        "heal, full, offload": (heal, Heal, {"activation_checkpointing": "full", "offload": True}),
-        "heal, distilled": (heal, Heal, {"teacher": {"model": str(model), "share": 0.5}}),
-        "prune, masks": (prune, Prune, masks),
-        "prune, masks only, full": (prune, Prune, {**masks, "masks_only": True, "activation_checkpointing": "full"}),
-    }
-    for name, (verb, section, options) in list(cases.items())[-2 if bench.tiny else 0 :]:
-        out = bench.work / "memory"
-        shutil.rmtree(out, ignore_errors=True)
-        _free()
-        before = _start_peak(bench.device)
-        asked = validated(section, asked_of(bench, size, **options))
-        done = verb(str(model), data=str(store), out=str(out), asked=asked)
-        events = read(out / "record.jsonl")
-        estimate = next(e["memory"]["total_bytes"] for e in events if "memory" in e)
-        took = max(e["memory_bytes"] for e in events if e["event"] == "step") - before
-        loss = statistics.mean(done.losses.values())
-        found[name] = {"estimate_bytes": estimate, "took_bytes": took, "held_out_loss": loss}
-        if bench.device.type == "cuda":  # on a CPU that is all of the process
-            found[name]["estimate_by_took"] = estimate / took
-    shutil.rmtree(bench.work / "memory", ignore_errors=True)
-    return found
+OF_GPUS = {"offload", "optimizer"}  # the 8-bit optimizer is compiled
+MEMORY: dict[str, Found] = {
+    "plain": {},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+    "lora": {"lora_rank": 16},
+    "distilled": {"teacher": {"share": 0.5}},
+    "distilled, int8": {"teacher": {"share": 0.5, "weights": "int8"}},
+    "offload": {"offload": True},
+    "selective": {"activation_checkpointing": "selective"},
+    "full": {"activation_checkpointing": "full"},
+    "full, offload": {"activation_checkpointing": "full", "offload": True},
+    "masks": {"method": "masks"},
+    "masks only": {"method": "masks", "masks_only": True},
+    "masks only, full": {"method": "masks", "masks_only": True, "activation_checkpointing": "full"},
+}
+
+
+def memory(bench: Bench, *, options: Found) -> Found:
+    """The estimate before a run of three steps at 135M by the most that they then took, and the loss after them."""
+    (model, store), size, out = inputs(bench, "135m"), bench.size("135m"), bench.work / "memory"
+    verb: Any = heal
+    section: type = Heal
+    if "method" in options:
+        verb, section, options = prune, Prune, {**options, "to": size.halved(), "calibration_windows": 2}
+    if "teacher" in options:
+        options = {**options, "teacher": {"model": str(model), **options["teacher"]}}
+    shutil.rmtree(out, ignore_errors=True)
+    _free()
+    before = _start_peak(bench.device)
+    done = verb(str(model), data=str(store), out=str(out), asked=validated(section, asked_of(bench, size, **options)))
+    events = read(out / "record.jsonl")
+    estimate = next(e["memory"]["total_bytes"] for e in events if "memory" in e)
+    took = max(e["memory_bytes"] for e in events if e["event"] == "step") - before
+    shutil.rmtree(out)
+    found = {"estimate_bytes": estimate, "took_bytes": took, "held_out_loss": statistics.mean(done.losses.values())}
+    # on a CPU what a step took is all of the process
+    return {**found, "estimate_by_took": estimate / took} if bench.device.type == "cuda" else found
 
 
 def going_on(bench: Bench) -> Found:
@@ -497,31 +510,42 @@ class Measurement:
 def measurements() -> list[Measurement]:
     """In the order in which they are worth having."""
     found = []
-    for name, again, compiled in itertools.product(SIZES, ("", "full"), (False, True)):
-        said = f"speed, {name}" + (f", {again} recomputation" if again else "") + (", compiled" if compiled else "")
-        work = partial(speed, name=name, compiled=compiled, again=again)
-        found.append(Measurement(said, work, 12))
-    found[2:2] = [
-        Measurement("masked by plain, 135m", partial(ratio, name="135m", compiled=False), 20),
-        Measurement("masked by plain, 135m, compiled", partial(ratio, name="135m", compiled=True), 30),
-        Measurement("by the Trainer, 135m", partial(trainer, compiled=False), 25),
-        Measurement("by the Trainer, 135m, compiled", partial(trainer, compiled=True), 40),
-        Measurement("speed, 135m, selective recomputation", partial(speed, name="135m", again="selective"), 12),
+    for name, slower in (("135m", 1), ("1b", 2)):
+        for compiled in (False, True):
+            end, seconds = (", compiled", 2 * slower) if compiled else ("", slower)
+            work: Found = {"name": name, "compiled": compiled}
+            found += [
+                Measurement(f"speed, {name}{end}", partial(speed, **work), 12 * seconds),
+                Measurement(f"masked by plain, {name}{end}", partial(ratio, **work), 20 * seconds),
+            ]
+            if name == "135m":
+                found.append(Measurement(f"by the Trainer{end}", partial(trainer, compiled=compiled), 20 * seconds))
+    for compiled, masked in itertools.product((False, True), repeat=2):
+        said = f"kernels, {'masked' if masked else 'plain'}{', compiled' if compiled else ''}"
+        found.append(Measurement(said, partial(kernels, masked=masked, compiled=compiled), 10, needs_cuda=True))
+    found += [
+        Measurement(f"memory, {name}", partial(memory, options=options), 12, needs_cuda=not OF_GPUS.isdisjoint(options))
+        for name, options in MEMORY.items()
+    ]
+    found += [
+        Measurement("saving", saving, 40),
         Measurement("speed, 135m, liger", partial(speed, name="135m", liger=True), 15, needs_cuda=True),
     ]
     found += [
-        Measurement("memory estimate", memory, 90),
-        Measurement("same bits, deterministic", partial(bits, deterministic=True), 20),
-        Measurement("same bits", partial(bits, deterministic=False), 20),
-        Measurement("saving", saving, 40),
-        Measurement("going on", going_on, 40),
-        Measurement("host waits, plain", partial(waits, masked=False), 10, needs_cuda=True),
-        Measurement("host waits, masked", partial(waits, masked=True), 15, needs_cuda=True),
-        Measurement("attention kernels", attention, 15, needs_cuda=True),
-        Measurement("masked by plain, 1b", partial(ratio, name="1b", compiled=False), 40),
-        Measurement("masked by plain, 1b, compiled", partial(ratio, name="1b", compiled=True), 80),
+        Measurement(f"speed, {name}, {again} recomputation", partial(speed, name=name, again=again), 15)
+        for name, again in (("135m", "selective"), ("135m", "full"), ("1b", "selective"), ("1b", "full"))
     ]
-    return found
+    return [
+        *found,
+        Measurement("same bits, deterministic", partial(bits, deterministic=True), 15),
+        Measurement("same bits", partial(bits, deterministic=False), 10),
+        Measurement("going on", going_on, 20),
+        Measurement("host waits, plain", partial(waits, masked=False), 5, needs_cuda=True),
+        Measurement("host waits, masked", partial(waits, masked=True), 5, needs_cuda=True),
+        Measurement(
+            "speed, 1b, full recomputation, compiled", partial(speed, name="1b", again="full", compiled=True), 30
+        ),
+    ]
 
 
 def _free() -> None:
@@ -559,6 +583,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS)
     parser.add_argument("--brief", action="store_true", help="shorter stretches, to see that all of it works")
+    parser.add_argument("--go-on", action="store_true", help="keep the figures that are there")
     parser.add_argument("--only", nargs="*", default=[], help="measurements whose names begin so")
     asked = parser.parse_args()
     began = monotonic()
@@ -571,13 +596,20 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _out_of_time)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result: Found = {"device": name, "peak_flops": peak_flops(device), "tiny": asked.tiny, "versions": versions()}
-    result |= {"sizes": {name: vars(bench.size(name)) for name in SIZES}, "found": {}}
+    result |= {"sizes": {name: vars(bench.size(name)) for name in SIZES}, "found": {}, "seconds": 0.0}
+    if asked.go_on:
+        then = json.loads(out.read_text(encoding="utf-8"))
+        if changed := [key for key in ("device", "versions", "sizes") if then[key] != result[key]]:
+            parser.error(f"{out} is of another {' and '.join(changed)}")
+        result = then
     for measurement in measurements():
         if asked.only and not measurement.name.startswith(tuple(asked.only)):
             continue
+        if "took_seconds" in (there := result["found"].get(measurement.name, {})) and "failed" not in there:
+            continue
         found = measured(measurement, bench, asked.seconds - (monotonic() - began))
         result["found"][measurement.name] = found
-        result["seconds"] = monotonic() - began
+        result["seconds"] += found.get("took_seconds", 0.0)
         print(f"{measurement.name}: {json.dumps(found)}", flush=True)
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
