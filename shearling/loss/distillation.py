@@ -39,8 +39,7 @@ class Dense:
         return logits_of(self.hidden[rows], self.weight, self.cap)
 
     def against(self, rows: slice, log_q: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
-        log_p = self.logits(rows).to(device=log_q.device, dtype=log_q.dtype)
-        log_p -= log_p.logsumexp(-1, keepdim=True)
+        log_p = self.logits(rows).to(device=log_q.device, dtype=log_q.dtype).log_softmax(-1)
         p = log_p.exp()
         kl = log_p.sub_(log_q).mul_(p).sum(-1)
         return kl, log_q.exp_().sub_(p, alpha=share)
@@ -136,9 +135,10 @@ class _Blended(torch.autograd.Function):
             if taught is None:
                 ce[rows], grad = alone(h, plain, known[rows], cap)
             else:
-                log_q = logits_of(h, plain, cap)
-                slope = None if cap is None else 1 - (log_q / cap).square_()
-                log_q -= log_q.logsumexp(-1, keepdim=True)
+                logits = logits_of(h, plain, cap)
+                slope = _slope(logits, cap)
+                log_q = logits.log_softmax(-1)
+                del logits
                 ce[rows] = -log_q.gather(1, known[rows]).squeeze(-1)
                 kl[rows], grad = taught.against(rows, log_q, share=share)
                 grad = grad.scatter_add_(1, known[rows], grad.new_full((len(h), 1), share - 1))
@@ -162,18 +162,41 @@ class _Blended(torch.autograd.Function):
 def _alone(hidden: Tensor, weight: Tensor, known: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """Of a chunk the cross-entropy [n] at ids [n, 1] and its gradient of the logits, [n, V] in the products' dtype."""
     logits = logits_of(hidden, weight, cap)
-    slope = None if cap is None else 1 - (logits / cap).square_()
-    logits -= logits.amax(-1, keepdim=True)
-    there = logits.gather(1, known)
-    q = logits.exp_()  # the only one: it takes as long on a CPU as a product does
-    whole = q.sum(-1, keepdim=True)
-    q /= whole
-    at = there.exp() / whole - 1
+    slope = _slope(logits, cap)
+    # Compiled, either is one kernel.
+    by = _in_few_passes if logits.is_cuda and not torch.compiler.is_compiling() else _by_one_exponential
+    loss, at, q = by(logits, known, hidden.dtype if slope is None else logits.dtype)
+    del logits
     if slope is not None:
         q, at = q.mul_(slope), at * slope.gather(1, known)
     grad = q.to(hidden.dtype)
     grad[torch.arange(len(grad), device=grad.device), known.squeeze(-1)] = at.squeeze(-1).to(grad.dtype)
-    return (whole.log() - there).squeeze(-1), grad
+    return loss.squeeze(-1), grad
+
+
+def _slope(logits: Tensor, cap: float | None) -> Tensor | None:
+    """Of capped logits by those before."""
+    return None if cap is None else 1 - (logits / cap).square_()
+
+
+def _by_one_exponential(logits: Tensor, known: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy at ids [n, 1], q - 1 there, and q [n, V] in `dtype`. The logits are used up.
+
+    For a CPU, which takes as long for an exponential as for a product.
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    there = logits.gather(1, known)
+    q = logits.exp_()
+    whole = q.sum(-1, keepdim=True)
+    q /= whole
+    return whole.log() - there, there.exp() / whole - 1, q.to(dtype)
+
+
+def _in_few_passes(logits: Tensor, known: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a GPU, whose time goes into reading and writing the logits."""
+    log_q = logits.log_softmax(-1)
+    there = log_q.gather(1, known)
+    return -there, there.expm1(), torch.exp(log_q, out=torch.empty_like(log_q, dtype=dtype))
 
 
 def _with_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

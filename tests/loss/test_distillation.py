@@ -84,6 +84,16 @@ def test_compiled_is_the_same(cap: float | None, dtype: torch.dtype | None, monk
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_way_to_the_loss_comes_to_a_cpus(dtype: torch.dtype) -> None:
+    logits, known = 20 * drawn(N, V, seed=7), torch.arange(N).unsqueeze(-1)
+    logits[3, 4] = 1e4  # a sure student: the others' probabilities are 0
+    ways = (distillation._by_one_exponential, distillation._in_few_passes)
+    for one, other in zip(*(way(logits.clone(), known, dtype) for way in ways), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-5 if one.dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 def test_float64_is_exact() -> None:
     hidden, weight, targets = student(torch.float64)
     teacher = dense(torch.float64)
