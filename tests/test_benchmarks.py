@@ -11,6 +11,7 @@ OF_CUDA = (
     *(f"host waits, {kind}" for kind in ("plain", "masked")),
     *(f"kernels, {kind}{end}" for kind in ("plain", "masked") for end in ("", ", compiled")),
     *(f"memory, {options}" for options in ("adamw8bit", "offload", "full, offload")),
+    "same bits, compiled",
     "speed, 135m, liger",
 )
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
