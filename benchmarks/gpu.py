@@ -333,6 +333,7 @@ def saving(bench: Bench) -> Found:
     """What a checkpoint adds to a stretch of steps, and what of that the steps wait for."""
     steps, count = Steps(bench, "135m"), 2 if bench.tiny else 20
     held, folder = Held(steps.model, tuple(steps.optimizers), {}), bench.work / "checkpoints"
+    nbytes = held.nbytes(ALONE)  # of moments that aren't there yet
     steps(2)
     extra, waited, plain = [], [], []
     shutil.rmtree(folder, ignore_errors=True)
@@ -351,7 +352,7 @@ def saving(bench: Bench) -> Found:
     step = statistics.median(plain) / count
     found = {"extra_seconds": statistics.median(extra), "waited_seconds": statistics.median(waited)}
     found |= {"extra_in_steps": statistics.median(extra) / step, "waited_in_steps": statistics.median(waited) / step}
-    return {**found, "share_of_ten_minutes": statistics.median(extra) / 600, "bytes": held.nbytes(ALONE)}
+    return {**found, "share_of_ten_minutes": statistics.median(extra) / 600, "bytes": nbytes}
 
 
 def inputs(bench: Bench, name: str) -> tuple[Path, Path]:
