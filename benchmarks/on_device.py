@@ -36,6 +36,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "LoRA, rank 16": {"lora_rank": 16, "lr": 3e-3},
     "bfloat16": {"autocast": "bfloat16"},
     "offload, recomputing": {"offload": True, "activation_checkpointing": "full"},
+    "offload, bfloat16": {"offload": True, "autocast": "bfloat16"},
+    "offload, LoRA, rank 16": {"offload": True, "autocast": "bfloat16", "lora_rank": 16, "lr": 3e-3},
     "masks and weights": LEARNING,
     "masks and weights, offload": {**LEARNING, "offload": True},
     "masks only": {**LEARNING, "masks_only": True},

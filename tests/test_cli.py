@@ -18,6 +18,7 @@ from shearling import cli
 from shearling.arch.llama import LLAMA
 from shearling.axes.shape import shape_of
 from shearling.axes.target import parse_target, resolve_target
+from shearling.cli import show
 from shearling.cli.options import mixture_words, repeats_words
 from shearling.cli.show import step_note
 from shearling.draft.draft import Draft
@@ -375,6 +376,25 @@ def test_what_the_progress_line_says() -> None:
     assert step_note(figures) == "loss 2.346; 12,346 tokens/s, 1.23 GB"
     on_a_gpu = step_note({**figures, "mfu": 0.412, "data_wait_share": 0.25})
     assert on_a_gpu == "loss 2.346; 12,346 tokens/s, MFU 41.2%, 1.23 GB, 25% waiting for data"
+
+
+def test_a_log_gets_a_line_a_minute(monkeypatch, capsys) -> None:
+    now = [0.0]
+    monkeypatch.setattr(show, "monotonic", lambda: now[0])
+    figures = {"loss": 2.3456, "tokens_per_second": 12345.6, "data_wait_share": 0.01, "memory_bytes": 1_234_000_000}
+    for quiet in (True, False):
+        with show.Progress(quiet=quiet) as progress:
+            update = progress.steps("healing", 2000)
+            for step in range(401, 405):  # gone on with at 400; 40 seconds a step
+                now[0] += 40
+                update(step, figures, {"web": 0.5})
+            now[0] += 100
+            progress.documents("web", 1500, 2_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "healing: step 402 of 2,000, 17:45:20 left; loss 2.346; 12,346 tokens/s, 1.23 GB; behind: web +0.50",
+        "healing: step 404 of 2,000, 17:44:00 left; loss 2.346; 12,346 tokens/s, 1.23 GB; behind: web +0.50",
+        "web: 1,500 documents, 2,000,000 tokens",
+    ]
 
 
 SMOLLM2 = {**CONFIG, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}

@@ -2,25 +2,30 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
+from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shearling.loss.held_out import Measured
-
-
 WAIT_SAID = 0.1  # share of a step's time
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class Progress:
-    """Rich progress on the terminal, with time left; silent where asked or where nobody looks."""
+    """Rich progress on the terminal, with time left; elsewhere, as in a job's log, a line a minute; silent where asked,
+    and on all ranks but the first.
+    """
 
     def __init__(self, *, quiet: bool):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console, not_first = Console(stderr=True), os.environ.get("RANK", "0") != "0"
+        console = Console(stderr=True)
+        quiet = quiet or os.environ.get("RANK", "0") != "0"
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -28,7 +33,8 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal or not_first)
+        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+        self._lines, self._last_line = not quiet and not console.is_terminal, monotonic()
 
     def __enter__(self) -> "Progress":
         self._bars.start()
@@ -38,14 +44,17 @@ class Progress:
         self._bars.stop()
 
     def steps(self, title: str, steps: int) -> Callable[[int, Mapping[str, float], Mapping[str, float]], None]:
-        task = self._bars.add_task(title, total=steps, note="")
+        task, first = self._bars.add_task(title, total=steps, note=""), (0, monotonic())
 
         def update(step: int, figures: Mapping[str, float], excess: Mapping[str, float]) -> None:
+            nonlocal first
+            first = first if first[0] else (step, monotonic())  # steps before it were another command's, or compiled
             worst = sorted(excess, key=lambda domain: -excess[domain])[:3]
             behind = ", ".join(f"{domain} +{excess[domain]:.2f}" for domain in worst if excess[domain] > 0)
-            self._bars.update(
-                task, completed=step, note="; ".join([step_note(figures), *([f"behind: {behind}"] * bool(behind))])
-            )
+            note = "; ".join([step_note(figures), *([f"behind: {behind}"] * bool(behind))])
+            self._bars.update(task, completed=step, note=note)
+            left = (steps - step) * (monotonic() - first[1]) / max(1, step - first[0])
+            self._line(f"{title}: step {step:,} of {steps:,}, {timedelta(seconds=round(left))} left; {note}")
 
         return update
 
@@ -54,6 +63,12 @@ class Progress:
         if task is None:
             task = self._bars.add_task(domain, total=None, note="")
         self._bars.update(task, completed=documents, note=f"{tokens:,} tokens")
+        self._line(f"{domain}: {documents:,} documents, {tokens:,} tokens")
+
+    def _line(self, said: str) -> None:
+        if self._lines and monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = monotonic()
+            print(said, file=sys.stderr, flush=True)
 
 
 def step_note(figures: Mapping[str, float]) -> str:

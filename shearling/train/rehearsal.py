@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from shearling.data.batch import Batch
 from shearling.train.objective import Losses
 
+FULL = torch.float32.itemsize  # of what learns, and of its gradients where they are kept
 GROUPED = torch.ops.aten._grouped_mm.default
 
 
@@ -56,14 +57,13 @@ class Ledger(TorchDispatchMode):
             self._weights.add(tensor.untyped_storage()._cdata)
             self._note(tensor, part, None if nbytes is None else nbytes(tensor))
 
-    def move(self, tensor: Tensor, part: str) -> None:
-        """Has what a tensor is in belong to another part from now on."""
+    def move(self, tensor: Tensor, part: str, nbytes: int | None = None) -> None:
+        """Has what a tensor is in belong to another part from now on, and take so many bytes there."""
         key = tensor.untyped_storage()._cdata
         if key in self._live:
-            nbytes, before = self._live[key]
-            self._sums[before] -= nbytes
-            self._sums[part] += nbytes
-            self._live[key] = (nbytes, part)
+            before = self._live[key][0] if nbytes is None else nbytes
+            self._gone(key)
+            self._count(key, before, part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "prim":  # which asks for a tensor's device, very often
@@ -90,9 +90,11 @@ class Ledger(TorchDispatchMode):
         device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         if key in self._live or device != self.device:
             return
-        nbytes = storage.nbytes() if nbytes is None else nbytes
-        self._live[key] = (nbytes, part)
+        self._count(key, storage.nbytes() if nbytes is None else nbytes, part)
         weakref.finalize(storage, self._gone, key)
+
+    def _count(self, key: int, nbytes: int, part: str) -> None:
+        self._live[key] = (nbytes, part)
         self._sums[part] += nbytes
         self._now += nbytes
         if self._now > self._most:
@@ -120,22 +122,37 @@ def rehearse(
     autocast: torch.dtype | None,
     accumulates: bool,
     apart: Iterable[nn.Module] = (),
+    whole: Iterable[Tensor] | None = None,
 ) -> None:
     """A micro-batch forward and backward, into gradients that are there already if it `accumulates`.
 
     Within `pretending`, all of it, and the model's weights held by the ledger. What the models make that are `apart`
-    (a teacher) belongs to "teacher".
+    (a teacher) belongs to "teacher". Where the model is sharded, `whole` are the parameters whose gradients wait for
+    the step's end before they are shared out: until then those belong to "gathered".
     """
     kind = batch.ids.device.type
     parameters = [p for p in model.parameters() if p.requires_grad]
+    waiting = None if whole is None else {id(p) for p in whole}
+
+    def made(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if waiting is not None and id(parameter) in waiting:
+            ledger.move(parameter.grad, "gathered")
+        elif waiting is not None and accumulates:
+            parameter.grad = None
+        else:
+            ledger.move(parameter.grad, "gradients", FULL * parameter.numel())
+
     with ledger, ExitStack() as hooks:
+        kept = []
         if accumulates:
             with ledger.part("gradients"):
-                for parameter in parameters:
-                    parameter.grad = torch.empty_like(parameter)
+                kept = [torch.empty_like(p, dtype=torch.float32) for p in parameters]
+        if waiting is None:
+            for parameter, grad in zip(parameters, kept, strict=False):
+                parameter.grad = grad
         for parameter in parameters:
-            handle = parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
-            hooks.callback(handle.remove)
+            hooks.callback(parameter.register_post_accumulate_grad_hook(made).remove)
         for other in apart:
             hooks.callback(other.register_forward_pre_hook(lambda *_: _turn(ledger, "teacher")).remove)
         hooks.callback(model.base_model.register_forward_pre_hook(lambda *_: _turn(ledger, "activations")).remove)

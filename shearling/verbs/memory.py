@@ -19,7 +19,7 @@ from shearling.masks.attach import Attached
 from shearling.ranks.ranks import ALONE, Ranks, has_own_memory
 from shearling.recipe import Training
 from shearling.train.eight_bit import moment_bytes
-from shearling.train.rehearsal import Ledger, pretending, rehearse
+from shearling.train.rehearsal import FULL, Ledger, pretending, rehearse
 from shearling.train.room import Room, room_on
 from shearling.verbs.balancing import balanced
 from shearling.verbs.session import Session
@@ -123,12 +123,15 @@ class Trained:
     def need(self) -> Need:
         """By a rehearsal of a step, or of two micro-batches where a batch has more than one."""
         settings, device, session = self.session.settings, self.session.device, replace(self.session, ranks=ALONE)
+        kept = session.dtype
+        computed = (settings.autocast or kept) if self._sharded else kept
         with pretending(device), nullcontext() if self.session.feed.separate else whole_windows():
-            model, ledger = without_weights(self.source.folder, dtype=session.dtype), Ledger(device)
+            model, ledger = without_weights(self.source.folder, dtype=computed), Ledger(device)
             model.requires_grad_(not session.frozen)
             family, config = self.source.family, self.source.config
             adapted = session.adapters.add(model, family, config) if session.adapters else ()
-            ledger.hold(model.parameters(), "weights")
+            nbytes = {id(p): p.numel() * (p.requires_grad * FULL or kept.itemsize) for p in model.parameters()}
+            ledger.hold(model.parameters(), "weights", lambda p: nbytes[id(p)])
             attached = None
             if self.axes:
                 with ledger, ledger.part("masks"):
@@ -151,14 +154,23 @@ class Trained:
                 autocast=settings.autocast,
                 accumulates=settings.micro_sequences < settings.batch_sequences // self.session.ranks.count,
                 apart=[teacher.base_model for teacher in apart],
+                whole=self._beside(model) if self._sharded else None,
             )
-            weights, gathered = sum(p.nbytes for p in model.parameters()), self._gathered(model)
+            weights, gathered = sum(nbytes.values()), self._gathered(model)
             learning = [p for p in model.parameters() if p.requires_grad]
-            trained, moments = sum(p.nbytes for p in learning), sum(map(self._moment_bytes, learning))
+            trained = sum(nbytes[id(p)] for p in learning)
+            moments = sum(moment_bytes(p.numel()) for p in learning) if self.asked.bits == 8 else trained
         return self._summed(dict(ledger.peak), weights, trained, MOMENTS * moments, gathered)
 
-    def _moment_bytes(self, parameter: Tensor) -> int:
-        return moment_bytes(parameter.numel()) if self.asked.bits == 8 else parameter.nbytes
+    @property
+    def _sharded(self) -> bool:
+        """Whether it computes from copies of its weights, block by block, in the dtype that others autocast to."""
+        return self.session.ranks.count > 1 or self.session.ranks.offload
+
+    def _beside(self, model: Any) -> list[Tensor]:
+        """The parameters that are in no block."""
+        blocks = {id(p) for path in self.source.blocks() for p in model.get_submodule(path).parameters()}
+        return [p for p in model.parameters() if id(p) not in blocks]
 
     def _summed(self, parts: dict[str, int], weights: int, trained: int, moments: int, gathered: int) -> Need:
         """With what is there throughout; or as it is while the optimizer steps, if more is there then."""
@@ -174,7 +186,7 @@ class Trained:
         shards = _shards(self.session.ranks)
         whole = () if self.teaching is None or self.teaching.options.weights == "as_is" else ("teacher_weights",)
         parts |= {part: parts.get(part, 0) // shards for part in SHARED if part not in whole}
-        parts |= {"gathered": gathered} if gathered else {}
+        parts |= {"gathered": gathered + parts.get("gathered", 0)} if self._sharded else {}
         never = self.asked.save_every is not None and self.asked.save_every > self.steps
         saving = 0 if never else (trained + moments) // shards + gates
         if not self.session.ranks.offload:
@@ -183,20 +195,15 @@ class Trained:
         return Need(on_device, saving, sum(lasting.values()) // shards)
 
     def _gathered(self, model: Any) -> int:
-        """What of weights that are shared out is whole at a time, and of their gradients: all that is in no block, the
-        largest block, and the next one's weights.
+        """What of weights that are shared out is whole at a time: all that is in no block, the largest block with its
+        gradients, and the next one's weights. The others' gradients come as the rehearsal makes them.
         """
-        if _shards(self.session.ranks) == 1 and not self.session.ranks.offload:
-            return 0
-        autocast = self.session.settings.autocast
 
         def nbytes(parameters: Iterable[Tensor], copies: int) -> int:
-            return sum(p.numel() * (autocast or p.dtype).itemsize * (copies + p.requires_grad) for p in parameters)
+            return sum(p.nbytes * (copies + p.requires_grad * (copies - 1)) for p in parameters)
 
-        blocks = [list(model.get_submodule(path).parameters()) for path in self.source.blocks()]
-        in_blocks = {id(parameter) for block in blocks for parameter in block}
-        beside = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
-        return nbytes(beside, 1) + max(nbytes(block, 2) for block in blocks)
+        blocks = (model.get_submodule(path).parameters() for path in self.source.blocks())
+        return nbytes(self._beside(model), 1) + max(nbytes(block, 2) for block in blocks)
 
     def _room(self, device: str) -> Room | None:
         """What there is of a device for this process: of a computer's memory, its share among the ranks there."""

@@ -74,8 +74,23 @@ def test_ranks_share_what_lasts_and_have_a_block_whole(trained, source) -> None:
     block = 2 * d * d + 2 * kv * d + 3 * inner * d + 2 * d
     quarters = {"weights": weights // 4, "gradients": weights // 4, "optimizer": weights // 2}
     quarters["teacher_weights"] = weights // 4
-    assert found.parts == {**alone.need().parts, **quarters, "gathered": 4 * (2 * (2 * vocab + 1) * d + 3 * block)}
+    assert found.parts == {**alone.need().parts, **quarters, "gathered": 4 * ((2 * vocab + 1) * d + 3 * block)}
     assert found.saving == 3 * weights // 4
+
+
+def test_shards_compute_from_weights_in_bf16(trained, source) -> None:
+    """Not from casts that are kept; and what the residual stream takes is half."""
+    alone = trained(autocast="bfloat16", micro_sequences=1)
+    sharded = replace(alone, session=replace(alone.session, ranks=Ranks(count=4))).need()
+    whole, weights = alone.need(), 4 * source.parameters
+    assert whole.parts["casts"] > 0
+    assert "casts" not in sharded.parts
+    assert sharded.parts["activations"] < whole.parts["activations"]
+    assert [sharded.parts[part] for part in ("weights", "gradients", "optimizer")] == [
+        weights // 4,
+        weights // 4,
+        weights // 2,
+    ]
 
 
 def test_masks_by_hand(trained, source) -> None:
