@@ -26,6 +26,7 @@ from shearling.verbs.session import Session
 from shearling.verbs.source import Source
 from shearling.verbs.teaching import Teaching
 from shearling.weights.adapters import Adapters
+from shearling.weights.experts import autocast_experts
 from shearling.weights.pretend import whole_windows, without_weights
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ class Trained:
             model, ledger = without_weights(self.source.folder, dtype=computed), Ledger(device)
             model.requires_grad_(not session.frozen)
             family, config = self.source.family, self.source.config
+            autocast_experts(model, family, config)
             adapted = session.adapters.add(model, family, config) if session.adapters else ()
             nbytes = {id(p): p.numel() * (p.requires_grad * FULL or kept.itemsize) for p in model.parameters()}
             ledger.hold(model.parameters(), "weights", lambda p: nbytes[id(p)])

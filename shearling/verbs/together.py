@@ -18,6 +18,7 @@ from shearling.ranks.sharded import device_of, inside, shard
 from shearling.stage import Stage
 from shearling.verbs.source import Source
 from shearling.weights.adapters import Adapters
+from shearling.weights.experts import autocast_experts
 from shearling.weights.model import empty_model, load_model
 
 T = TypeVar("T", bound=Windows)
@@ -84,6 +85,7 @@ def _plain(
         model = load_model(source.folder, dtype=dtype, device=device)
     else:
         model = empty_model(source.folder, dtype=dtype)
+    autocast_experts(model, source.family, source.config)
     return model, adapters.add(model, source.family, source.config) if adapters else ()
 
 
