@@ -50,7 +50,8 @@ def reference(
         assert store is not None
         found = _of_source(from_source, store, asked)
     elif scaling_law is not None:
-        measured = parse_measurements(read_mapping(Path(scaling_law), what="scaling law"), where=scaling_law)
+        measures = read_mapping(Path(scaling_law).expanduser(), what="scaling law")
+        measured = parse_measurements(measures, where=scaling_law)
         found = measured.at(parse_size(size), where=scaling_law)
     else:
         found = Reference(parse_given(given or ""), "as given")
