@@ -67,6 +67,11 @@ class Tensor:
         return None if self.input is None else 2 * len(self.dims) - 3 - self.input
 
     @property
+    def ends_stack(self) -> bool:
+        """Whether it is the last weight that tokens go through in a stack of experts."""
+        return self.role == "write" and self.stacked and not self.is_bias
+
+    @property
     def stacked(self) -> bool:
         """Whether it is a stack of matrices (or of their biases), one for each expert."""
         return self.role in ("read", "write", "inner") and self.dims[0].axes() == ("expert",)

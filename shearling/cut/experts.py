@@ -82,7 +82,7 @@ class Stack:
 def stacks(model: nn.Module, rows: Sequence[tuple[Row, int | None]]) -> Iterator[Stack]:
     """The stacks of experts of a model's layers."""
     for row, layer in rows:
-        if row.role == "write" and row.stacked and not row.is_bias:
+        if row.ends_stack:
             assert layer is not None
             yield Stack(model, row, layer)
 

@@ -61,9 +61,9 @@ class Ledger(TorchDispatchMode):
         """Has what a tensor is in belong to another part from now on, and take so many bytes there."""
         key = tensor.untyped_storage()._cdata
         if key in self._live:
-            before = self._live[key][0] if nbytes is None else nbytes
+            nbytes = self._live[key][0] if nbytes is None else nbytes
             self._gone(key)
-            self._count(key, before, part)
+            self._count(key, nbytes, part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "prim":  # which asks for a tensor's device, very often

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -132,7 +132,7 @@ class Trained:
             family, config = self.source.family, self.source.config
             autocast_experts(model, family, config)
             adapted = session.adapters.add(model, family, config) if session.adapters else ()
-            nbytes = {id(p): p.numel() * (p.requires_grad * FULL or kept.itemsize) for p in model.parameters()}
+            nbytes = {id(p): p.numel() * (FULL if p.requires_grad else kept.itemsize) for p in model.parameters()}
             ledger.hold(model.parameters(), "weights", lambda p: nbytes[id(p)])
             attached = None
             if self.axes:
@@ -200,12 +200,9 @@ class Trained:
         """What of weights that are shared out is whole at a time: all that is in no block, the largest block with its
         gradients, and the next one's weights. The others' gradients come as the rehearsal makes them.
         """
-
-        def nbytes(parameters: Iterable[Tensor], copies: int) -> int:
-            return sum(p.nbytes * (copies + p.requires_grad * (copies - 1)) for p in parameters)
-
+        beside = sum(p.nbytes for p in self._beside(model))
         blocks = (model.get_submodule(path).parameters() for path in self.source.blocks())
-        return nbytes(self._beside(model), 1) + max(nbytes(block, 2) for block in blocks)
+        return beside + max(sum(p.nbytes * (2 + p.requires_grad) for p in block) for block in blocks)
 
     def _room(self, device: str) -> Room | None:
         """What there is of a device for this process: of a computer's memory, its share among the ranks there."""

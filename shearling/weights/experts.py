@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from shearling.axes.spec import Family
+from shearling.axes.target import EXPERTS_ROW_BYTES
 
-ALIGNED = 8  # entries of 16 bits that lie together in each row of what is multiplied: the kernel asks for 16 bytes
+STEP = EXPERTS_ROW_BYTES // torch.bfloat16.itemsize
 
 
 def autocast_experts(model: Any, family: Family, config: Mapping[str, Any]) -> None:
@@ -19,10 +20,10 @@ def autocast_experts(model: Any, family: Family, config: Mapping[str, Any]) -> N
     kernel doesn't take in 16 bits stay as they are.
     """
     for row, layer in family.named(config):
-        if row.role == "write" and row.stacked and not row.is_bias:
+        if row.ends_stack:
             stack = model.get_submodule(row.at(layer).rpartition(".")[0])
             sizes = [size for p in stack.parameters(recurse=False) if p.dim() == 3 for size in p.shape[1:]]
-            if all(size % ALIGNED == 0 for size in sizes):
+            if all(size % STEP == 0 for size in sizes):
                 stack.forward = partial(_narrowed, stack, stack.forward)
 
 
